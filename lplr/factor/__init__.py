@@ -1,0 +1,1 @@
+"""Factorization of one matrix: methods, ranks from bits, and error bounds."""

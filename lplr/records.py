@@ -1,0 +1,107 @@
+"""The record of one layer, and run.jsonl: ledger, log and report input in one file.
+
+run.jsonl holds one JSON object a line, told apart by `kind`:
+
+    run     first line: format version, fingerprint, the recipe, the source's identity
+    layer   one LayerRecord
+    block   a shard is complete: its file name, bytes and SHA-256 (a block counts only if this line is there)
+    done    last line: totals, and the SHA-256 of every other file of the folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from lplr.errors import OutputError
+
+LEDGER = "run.jsonl"
+TIME_FIELDS = ("seconds", "started", "finished")  # the only fields that differ between two runs of one recipe
+
+
+class LayerRecord(BaseModel):
+    """What was done to one matrix W (n x d) and how well.  Errors are Frobenius norms unless said otherwise.
+
+    error is measured on the packed weights; certificate is an upper bound of it by another route (`factor.bounds`),
+    probe_certificate holds with probability 1 - probe_failure; bound is the a-priori one (None: no theorem
+    covers the method, see note); optimal is the Eckart-Young error at the same rank without quantization.
+    weighted_error is sqrt(tr(E H E^T) / tr(W H W^T)), the relative error of the layer's output on the calibration text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["layer"] = "layer"
+    name: str
+    block: int
+    shape: tuple[int, int]
+    stored: Literal["compressed", "dense"] = "compressed"
+    method: str
+    rank: int = 0
+    l_bits: int = 0
+    r_bits: int = 0
+    q_bits: int = 0
+    bits: int  # all stored bits of the matrix
+    norm: float
+    error: float = 0.0
+    certificate: float = 0.0
+    probe_certificate: float | None = None
+    probe_failure: float | None = None
+    bound: float | None = None
+    optimal: float | None = None
+    weighted_error: float | None = None
+    spectrum: tuple[tuple[int, float], ...] = ()  # (i, sigma_i), a log-spaced sample, i from 1
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """bits / (n d)."""
+        return self.bits / (self.shape[0] * self.shape[1])
+
+    @property
+    def relative_error(self) -> float:
+        """error / norm; 0 for a zero matrix reproduced exactly."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+def append(path: Path, entries: Iterable[BaseModel | dict[str, Any]]) -> None:
+    """Append entries as lines, in one write that reaches the disk before this returns."""
+    rows = [e.model_dump(mode="json") if isinstance(e, BaseModel) else e for e in entries]
+    text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+    with open(path, "ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every complete line; a last line torn by a crash is left out, a damaged line elsewhere is an OutputError."""
+    lines = path.read_bytes().split(b"\n")
+    out = []
+    for number, line in enumerate(lines, 1):
+        if number == len(lines):
+            break  # what follows the last newline: empty, or torn
+        try:
+            entry = json.loads(line)
+            entry["kind"]
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(f"{path}: line {number} is damaged: delete the folder and compress again") from None
+        out.append(entry)
+    return out
+
+
+def layers(entries: Iterable[dict[str, Any]]) -> Iterator[LayerRecord]:
+    """The layer records among the entries."""
+    return (LayerRecord.model_validate(e) for e in entries if e["kind"] == "layer")
+
+
+def bits_per_weight(records: Iterable[LayerRecord]) -> float:
+    """All stored bits over all weights of the compressed matrices (dense ones are left out)."""
+    kept = [r for r in records if r.stored == "compressed"]
+    weights = sum(r.shape[0] * r.shape[1] for r in kept)
+    return sum(r.bits for r in kept) / weights if weights else 0.0

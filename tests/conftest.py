@@ -1,0 +1,24 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real text and models beside the checkout; a test that wants it skips where it is absent."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs the folder `shared` beside the checkout (real text and models): absent here")
+    return SHARED
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A fresh seeded generator."""
+    return torch.Generator().manual_seed(0)
