@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lplr.errors import RecipeError
 
 Rounding = Literal["nearest", "stochastic"]
-Ranges = Literal["tensor", "row", "rank"]
+Ranges = Literal["tensor", "row", "rank", "both"]
 Sketch = Literal["gaussian", "srht", "sparse"]
 
 
@@ -27,7 +27,7 @@ class QuantSpec(_Spec):
     """One factor's grid: 2**bits equally spaced points on [-range, range].
 
     ranges: one for the whole factor (`tensor`), one a row or column of W (`row`: the rows of L, the columns of R),
-    or one a column of L and row of R (`rank`).  clip: the range is the largest magnitude (`max`), or the one of least
+    one a column of L and row of R (`rank`), or the product of the last two (`both`).  clip: the range is the largest magnitude (`max`), or the one of least
     mean squared error (`mse`).  Rounding is to the nearest point, or stochastic: dithered and unbiased.
     """
 
@@ -38,16 +38,17 @@ class QuantSpec(_Spec):
 
 
 class FactorSpec(_Spec):
-    """How one matrix is factorized.
+    """How one matrix is factorized.  What is None is chosen from the shape and the budget by `factor.plan`.
 
-    Exactly one of bits_per_weight (a budget for every stored bit) and rank is obeyed; rank wins when both are given.
+    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.
     """
 
-    method: str = "lplr"
-    bits_per_weight: float | None = Field(1.0, gt=0, le=16)
-    rank: int | None = Field(None, ge=1)
-    l: QuantSpec = QuantSpec()  # noqa: E741
-    r: QuantSpec = QuantSpec()
+    method: str = "auto"
+    bits_per_weight: float | None = Field(None, gt=0, le=16)
+    rank: int | None = Field(None, ge=0)
+    l: QuantSpec | None = None  # noqa: E741  (the papers' letter)
+    r: QuantSpec | None = None
+    q: QuantSpec | None = None
     sketch: Sketch = "gaussian"
     power_iterations: int = Field(0, ge=0, le=16)
     alternations: int = Field(0, ge=0, le=100)

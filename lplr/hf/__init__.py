@@ -1,1 +1,1 @@
-"""."""
+"""The only door to transformers and huggingface_hub."""

@@ -1,1 +1,1 @@
-"""."""
+"""Numerical linear algebra on plain tensors: sketches, range finders, projections, Hessians."""

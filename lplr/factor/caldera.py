@@ -1,0 +1,52 @@
+"""CALDERA: a backbone with feedback rounding plus low-precision factors, A ~ Q + L R.
+
+By turns, in the metric H = C C^T, keeping the best round:
+
+    L R <- LPLR of A - Q            Q <- LDLQ of A - L R   (to nearest without a metric)
+
+Source: Saha, Sagan, Srivastava, Goldsmith, Pilanci, "Compressing Large Language Models using Low Rank and Low
+Precision Decomposition", NeurIPS 2024, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lplr.factor.factorization import Factorization
+from lplr.factor.lplr import lplr
+from lplr.quant.ldlq import ldlq
+from lplr.quant.qtensor import QTensor
+from lplr.quant.uniform import quantize
+from lplr.recipe import FactorSpec, QuantSpec
+
+ROUNDS = 2  # a third never paid on SmolLM2-135M; the best round is kept in any case
+
+
+def caldera(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
+    """A (n x d) ~ Q + L R; rank 0 gives Q alone, no q the factors alone."""
+    if spec.q is None:
+        return lplr(A, spec, C, generator)
+    H = None if C is None else C @ C.T
+    best, least = Factorization(q=_backbone(A, spec.q, H, generator)), torch.inf
+    if not spec.rank:
+        return best
+    residual = A
+    for _ in range(ROUNDS):
+        low_rank = lplr(residual, spec, C, generator)
+        target = A - low_rank.dequantize(A.dtype)
+        q = _backbone(target, spec.q, H, generator)
+        rounded = q.dequantize(A.dtype)
+        error = target - rounded
+        size = float(torch.linalg.vector_norm(error if C is None else error @ C))
+        if size < least:
+            best, least = Factorization(low_rank.l, low_rank.r, q), size
+        residual = A - rounded
+    return best
+
+
+def _backbone(target: Tensor, spec: QuantSpec, H: Tensor | None, generator: torch.Generator) -> QTensor:
+    axis = "tensor" if spec.ranges == "tensor" else "row"
+    if H is not None and spec.rounding == "nearest":
+        return ldlq(target, spec.bits, H, axis=axis)
+    return quantize(target, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, generator=generator)

@@ -1,0 +1,67 @@
+"""The table of methods and the one entry point, `factorize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lplr.errors import CheckpointError, RecipeError, choose
+from lplr.factor.caldera import caldera
+from lplr.factor.factorization import Factorization
+from lplr.factor.lplr import lplr
+from lplr.factor.naive import naive
+from lplr.factor.rank import plan
+from lplr.factor.svd import direct_svd, lplr_svd
+from lplr.linalg.hessian import cholesky_factor, damped
+from lplr.quant.qtensor import QTensor, round_scale
+from lplr.recipe import FactorSpec
+
+# (A, planned spec, C or None, generator) -> Factorization; H = C C^T is the metric
+METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator], Factorization]] = {
+    "lplr": lplr,
+    "lplr_svd": lplr_svd,
+    "direct_svd": direct_svd,
+    "naive": naive,
+    "caldera": caldera,
+}
+
+
+def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator: torch.Generator) -> Factorization:
+    """W (n x d) ~ Q + L R: minimise ||W - Q - L R||_F, or tr(E H E^T) where H (d x d) = E[x x^T] is given.
+
+    The spec is completed by `plan`; randomness comes from `generator` alone.  W is scaled by a power of two first, so that
+    nothing overflows, and float16 / bfloat16 input is computed in float32.
+    Raises CheckpointError on NaN or Inf, RecipeError when nothing fits the budget or the method is unknown.
+    """
+    if W.dim() != 2 or 0 in W.shape:
+        raise RecipeError(f"factorize got a tensor of shape {tuple(W.shape)}: a matrix with entries is expected")
+    if not bool(torch.isfinite(W).all()):
+        raise CheckpointError("the matrix holds NaN or Inf: repair the checkpoint, or leave this module out")
+    spec = plan((W.shape[0], W.shape[1]), spec)
+    method = choose(METHODS, spec.method, "method")
+    if not spec.rank and spec.q is None:
+        raise RecipeError(
+            f"no factorization of a {W.shape[0]} x {W.shape[1]} matrix by {spec.method!r} fits {spec.bits_per_weight} bits "
+            "per weight: raise the budget or choose another method"
+        )
+    A = W if W.dtype == torch.float64 else W.float()
+    largest = float(A.abs().max())
+    unit = 2.0 ** torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() if largest else 1.0
+    C = None if H is None else cholesky_factor(damped(H.to(A.dtype)))
+    return _rescale(method(A / unit, spec, C, generator), unit)
+
+
+def _rescale(f: Factorization, unit: float) -> Factorization:
+    """The same factorization times a power of two, which the scales of R and Q take exactly within their range."""
+
+    def scaled(q: QTensor | None) -> QTensor | None:
+        if q is None:
+            return None
+        if q.row_scale is not None:
+            return QTensor(q.codes, q.bits, q.shape, round_scale(q.row_scale.double() * unit), q.col_scale)
+        assert q.col_scale is not None
+        return QTensor(q.codes, q.bits, q.shape, None, round_scale(q.col_scale.double() * unit))
+
+    return Factorization(f.l, scaled(f.r), scaled(f.q))

@@ -1,0 +1,117 @@
+"""Load a causal language model and its tokenizer: a dense folder, a compressed folder, a hub id, or a GGUF file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lplr.errors import CheckpointError, HubError, UnsupportedModel
+from lplr.hf.quantizer import compressed_layers
+from lplr.hf.register import register
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path names a GGUF file."""
+    return str(path).endswith(".gguf")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+
+
+def _source(path: str | Path, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+    """The name to give to from_pretrained, and its arguments; CheckpointError when nothing is there."""
+    local = Path(path).expanduser()
+    if local.is_file() and is_gguf(local):
+        return str(local.parent), {**kwargs, "gguf_file": local.name, "local_files_only": True}
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise CheckpointError(f"{local} has no config.json: give the folder of a transformers model, a hub id or a GGUF file")
+        return str(local), {**kwargs, "local_files_only": True}
+    if local.exists():
+        raise CheckpointError(f"{local} is a file: give a folder, a hub id or a file that ends in .gguf")
+    if not is_gguf(path) and _HUB_ID.fullmatch(str(path)):
+        return str(path), kwargs
+    raise CheckpointError(f"{path} does not exist: give the folder of a transformers model, a hub id or a GGUF file")
+
+
+def _translated(path: str | Path, error: Exception) -> Exception:
+    """What an exception of transformers means here."""
+    reason = _first_line(error)
+    if isinstance(error, OSError) and not Path(path).exists():
+        return HubError(f"{path} cannot be had from the hub ({reason}): check the name, or log in with `hf auth login`")
+    if isinstance(error, ValueError | KeyError):
+        return UnsupportedModel(f"{path} cannot be loaded ({reason}): upgrade transformers or choose another model")
+    return CheckpointError(f"{path} cannot be read ({reason}): copy or download it again")
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """The causal language model at `path` in eval mode; a GGUF file is dequantized.  kwargs go to from_pretrained.
+
+    Raises CheckpointError for a file that is absent or damaged and for a tensor that is missing, unexpected or
+    misshapen, VerificationError when that is in a compressed folder, UnsupportedModel for an unknown architecture, HubError.
+    """
+    register()
+    name, arguments = _source(path, dtype=dtype, **kwargs)
+    if "gguf_file" in arguments:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError) and "mismatch" not in str(error):
+            raise
+        raise _translated(path, error) from None
+    _check(path, model, info)
+    return model.eval()
+
+
+def _check(path: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise CheckpointError when transformers would go on with tensors made up or left out."""
+    kind = "compressed" if compressed_layers(model) else "dense"
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = sorted(str(key) for key in info[f"{what}_keys"])
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise CheckpointError(f"{path} ({kind}): tensor {keys[0]}{more} {what}: check that config.json belongs to these weights")
+    for key, value in (info.get("conversion_errors") or {}).items():
+        raise CheckpointError(f"{path} ({kind}): tensor {key} cannot be converted ({value}): copy or download it again")
+
+
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer at `path`.  One read from a GGUF file of the SmolLM family gets back the step that splits numbers into digits."""
+    name, arguments = _source(path, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        raise _translated(path, error) from None
+    if "gguf_file" in arguments and _gguf_pre_tokenizer(Path(path).expanduser()) == "smollm":
+        _split_digits(tokenizer)
+    return tokenizer
+
+
+def _gguf_pre_tokenizer(file: Path) -> str:
+    """The field tokenizer.ggml.pre of a GGUF file."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    return str(field.contents()) if field is not None else ""
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put a step that makes every digit a word of its own before the byte-level one; transformers' import of GGUF drops it."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    steps = [digits] if backend.pre_tokenizer is None else [digits, backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]

@@ -1,0 +1,341 @@
+"""report.html: what a run did and what it is worth, on one page that needs nothing else.
+
+Everything that comes from a file (names of tensors, settings, evaluation results) is data: the template escapes it, and a
+missing or odd value is shown as a dash.  The only markup that enters unescaped is that of `lplr.report.plots`, which
+draws numbers and no names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from lplr.errors import OutputError
+from lplr.records import LEDGER, LayerRecord, bits_per_weight, layers, read
+from lplr.report.plots import bits_of_layers, error_limits, errors_of_kind, relative, spectra_of_kind
+
+REPORT = "report.html"
+TEMPLATE = "page.html.j2"
+MOST_KINDS = 12
+DASH = "–"
+# the certificate is computed in float64 and the error in float32
+ROUNDING = 1e-5
+
+
+class Cell(NamedTuple):
+    """A cell of the table: what it shows, and the number by which it sorts (None: by its text)."""
+
+    text: str
+    value: float | None = None
+
+
+class Column(NamedTuple):
+    """A column of the table of matrices."""
+
+    title: str
+    help: str
+    cell: Callable[[LayerRecord], Cell]
+    numeric: bool = True
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html from run.jsonl and every eval-*.json of the folder, and return its path.
+
+    Raises OutputError when the folder has no run.jsonl, when one of these files is damaged, or when it cannot be written.
+    """
+    ledger = folder / LEDGER
+    if not ledger.is_file():
+        raise OutputError(f"{folder} has no {LEDGER}: name the folder that `lplr compress` wrote")
+    try:
+        entries = read(ledger)
+        records = list(layers(entries))
+    except ValidationError as error:
+        raise OutputError(f"{ledger}: a layer record is damaged ({error.errors()[0]['msg']}): compress again") from None
+    except OSError as error:
+        raise OutputError(f"{ledger} cannot be read ({error.strerror}): check its permissions") from None
+    evaluations = [(path.name, _evaluation(path)) for path in sorted(folder.glob("eval-*.json"))]
+    html = render(entries, records, evaluations)
+    path = folder / REPORT
+    _write(path, html)
+    return path
+
+
+def render(
+    entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Sequence[tuple[str, dict[str, Any]]]
+) -> str:
+    """The page as text."""
+    import jinja2
+
+    run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
+    done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
+    # autoescape=True, not select_autoescape: the template's suffix is .j2
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    calibration = _calibration(run, evaluations)
+    return template.render(
+        model=_show(run.get("model")),
+        warnings=_warnings(done, records, evaluations),
+        headline=_headline(done or {}, records, evaluations, calibration),
+        evaluations=[_evaluation_row(name, e) for name, e in evaluations],
+        settings=_settings(run, done or {}, calibration),
+        figures=_figures(records),
+        columns=COLUMNS,
+        rows=[[column.cell(r) for column in COLUMNS] for r in records],
+        compressed=sum(r.stored == "compressed" for r in records),
+        dense=sum(r.stored == "dense" for r in records),
+    )
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number with so many significant digits and thousands separated; a dash for anything else."""
+    found = _finite(value)
+    if found is None:
+        return DASH
+    if found and not 1e-4 <= abs(found) < 1e15:
+        return f"{found:.{digits - 1}e}"
+    places = 0 if found == int(found) else max(0, digits - 1 - math.floor(math.log10(abs(found))))
+    return f"{found:,.{places}f}"
+
+
+def size(value: Any) -> str:
+    """Bytes in units of 1000."""
+    found = _finite(value)
+    if found is None:
+        return DASH
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if found < 1000:
+            return f"{number(found)} {unit}"
+        found /= 1000
+    return f"{number(found)} TB"
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _show(value: Any) -> str:
+    """A setting as text: strings as they are, numbers short, everything else as JSON."""
+    if value is None or value == "":
+        return DASH
+    if isinstance(value, str):
+        return value
+    if _finite(value) is not None:
+        return number(value, 6)
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _evaluation(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise OutputError(f"{path} is not the JSON of an evaluation: delete it, or run `lplr eval` again")
+    return found
+
+
+def _calibration(run: dict[str, Any], evaluations: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What the run was calibrated on: as the run says, else as an evaluation says."""
+    for owner in (run, *(e for _, e in evaluations)):
+        if isinstance(owner.get("calibration"), dict):
+            return owner["calibration"]
+    return {}
+
+
+def _calibration_sentence(calibration: dict[str, Any]) -> str:
+    if not calibration.get("name"):
+        return "no text (data-free)" if calibration else "a text that the run does not name"
+    shape = f", {number(calibration.get('rows'))} windows of {number(calibration.get('seqlen'))} tokens"
+    return _show(calibration["name"]) + (shape if calibration.get("rows") else "")
+
+
+def _warnings(
+    done: dict[str, Any] | None, records: Sequence[LayerRecord], evaluations: Sequence[tuple[str, dict[str, Any]]]
+) -> list[str]:
+    out = []
+    if done is None:
+        out.append(f"This run is not finished: it holds {len(records)} matrices so far. Run the same command again to go on.")
+    broken = [r.name for r in records if _breaks(r)]
+    if broken:
+        names = ", ".join(broken[:5]) + (" …" if len(broken) > 5 else "")
+        out.append(f"{len(broken)} matrices have a measured error above their certificate: {names}. Run lplr verify.")
+    for name, evaluation in evaluations:
+        if evaluation.get("finite") is False:
+            out.append(f"{name}: a logit was NaN or a token of the text had probability zero; the perplexity is not finite.")
+    return out
+
+
+def _breaks(record: LayerRecord) -> bool:
+    return record.stored == "compressed" and record.error > record.certificate + ROUNDING * record.norm
+
+
+def _headline(
+    done: dict[str, Any],
+    records: Sequence[LayerRecord],
+    evaluations: Sequence[tuple[str, dict[str, Any]]],
+    calibration: dict[str, Any],
+) -> list[tuple[str, str, str]]:
+    """(label, figure, explanation) of each number at the top."""
+    compressed = [r for r in records if r.stored == "compressed"]
+    weights = done.get("weights", sum(r.shape[0] * r.shape[1] for r in compressed))
+    bits = done.get("bits_per_weight", bits_per_weight(records))
+    total = math.sqrt(sum(r.norm**2 for r in compressed))
+    error = math.sqrt(sum(r.error**2 for r in compressed)) / total if total else None
+    held = sum(not _breaks(r) for r in compressed)
+    out = [
+        ("Bits per weight", number(bits), f"of {number(weights, 12)} compressed weights, every stored bit counted"),
+        ("Bits per parameter", number(done.get("bits_per_parameter")), f"of all {number(done.get('parameters'), 12)} parameters"),
+        ("Size of the weight files", size(done.get("bytes")), f"{number(done.get('bytes'), 15)} bytes on disk"),
+        ("Relative error", number(error, 3), f"‖W − Ŵ‖ / ‖W‖ over all compressed matrices; {held} of {len(compressed)} within their certificate"),
+    ]
+    for _, e in evaluations[:1]:
+        known = e.get("base_perplexity") is not None
+        figure = f"{number(e.get('base_perplexity'))} → {number(e.get('perplexity'))}" if known else number(e.get("perplexity"))
+        out.append((
+            "Perplexity, base → compressed" if known else "Perplexity",
+            figure,
+            f"on {_show(e.get('dataset'))}, context {number(e.get('seqlen'), 9)}; calibrated on {_calibration_sentence(calibration)}",
+        ))  # fmt: skip
+    return out
+
+
+def _evaluation_row(name: str, e: dict[str, Any]) -> dict[str, str]:
+    """One evaluation as texts."""
+    se, perplexity, top1 = _finite(e.get("nll_se")), _finite(e.get("perplexity")), _finite(e.get("top1"))
+    # the error of the mean log-likelihood is the relative error of the perplexity
+    spread = f" ± {number(perplexity * se, 2)}" if perplexity is not None and se is not None else ""
+    return {
+        "Text": _show(e.get("dataset") or name),
+        "Context": number(e.get("seqlen"), 9),
+        "Windows": number(e.get("windows"), 9),
+        "Predictions": number(e.get("tokens"), 12),
+        "Base": number(e.get("base_perplexity")),
+        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity)) + spread,
+        "Ratio": number(e.get("ratio")),
+        "KL, nats": number(e.get("kl"), 3),
+        "Top-1": DASH if top1 is None else f"{100 * top1:.1f} %",
+        "BOS": _show(e.get("bos")),
+        "Note": _show(e.get("note")),
+    }
+
+
+def _settings(run: dict[str, Any], done: dict[str, Any], calibration: dict[str, Any]) -> list[tuple[str, str]]:
+    recipe = run.get("recipe")
+    rows = [(str(k), _show(v)) for k, v in recipe.items()] if isinstance(recipe, dict) else []
+    rows += [(k, _show(run[k])) for k in ("source", "fingerprint", "lplr") if k in run]
+    if calibration:
+        sha = calibration.get("sha256")
+        rows.append(("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else "")))
+    if _finite(done.get("seconds")) is not None:
+        rows.append(("time", f"{number(done['seconds'], 3)} s"))
+    return rows
+
+
+def _kinds(records: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    """Records by the last part of their name that is no number, the rarest under `other` when there are many kinds."""
+    found: dict[str, list[LayerRecord]] = {}
+    for r in records:
+        parts = [p for p in r.name.removesuffix(".weight").split(".") if not p.isdecimal()]
+        found.setdefault(parts[-1] if parts else r.name, []).append(r)
+    if len(found) <= MOST_KINDS:
+        return found
+    common = sorted(found, key=lambda kind: -len(found[kind]))[: MOST_KINDS - 1]
+    kept = {kind: rs for kind, rs in found.items() if kind in common}
+    return {**kept, "other": [r for kind, rs in found.items() if kind not in common for r in rs]}
+
+
+def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
+    """The SVG of every plot with the name of its kind; the markup is our own and needs no escaping."""
+    from markupsafe import Markup
+
+    compressed = [r for r in records if r.stored == "compressed"]
+    kinds = _kinds(compressed)
+    limits = error_limits(compressed)
+    errors = [(k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())]
+    spectra = [(k, spectra_of_kind(rs, f"s{i}")) for i, (k, rs) in enumerate(_kinds(records).items())]
+    mean = bits_per_weight(records)
+    return {
+        "errors": errors,
+        "bits": Markup(bits_of_layers(records, mean, "b")) if records else None,
+        "bits_summary": _bits_summary(records, mean),
+        "spectra": [(k, Markup(svg)) for k, svg in spectra if svg is not None],
+    }
+
+
+def _range(values: list[float]) -> str:
+    low, high = number(min(values), 3), number(max(values), 3)
+    return low if low == high else f"{low} to {high}"
+
+
+def _error_summary(records: Sequence[LayerRecord]) -> str:
+    """What a panel of errors shows, in words."""
+    parts = []
+    for field, word in (("error", "error"), ("certificate", "certificate"), ("bound", "bound"), ("optimal", "optimum")):
+        values = [v for r in records if (v := relative(r, field)) is not None]
+        parts.append(f"{word} {_range(values)}" if values else f"no {word}")
+    return f"{len(records)} matrices: {', '.join(parts)}"
+
+
+def _bits_summary(records: Sequence[LayerRecord], mean: float) -> str:
+    values = [r.bits_per_weight for r in records]
+    return f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones" if values else ""
+
+
+def _numeric(read_value: Callable[[LayerRecord], float | None], digits: int = 4) -> Callable[[LayerRecord], Cell]:
+    def cell(record: LayerRecord) -> Cell:
+        value = read_value(record)
+        return Cell(number(value, digits), _finite(value))
+
+    return cell
+
+
+def _shape(record: LayerRecord) -> Cell:
+    n, d = record.shape
+    return Cell(f"{n} × {d}", float(n * d))
+
+
+def _factor_bits(record: LayerRecord) -> Cell:
+    parts = [f"{letter} {bits}" for letter, bits in (("L", record.l_bits), ("R", record.r_bits), ("Q", record.q_bits)) if bits]
+    return Cell(" ".join(parts) or DASH)
+
+
+COLUMNS = (
+    Column("Matrix", "name in the model", lambda r: Cell(r.name), numeric=False),
+    Column("Block", "number of the block of the model", _numeric(lambda r: r.block)),
+    Column("Shape", "outputs × inputs", _shape),
+    Column("Method", "how it was factorized", lambda r: Cell(r.method if r.stored == "compressed" else "dense"), numeric=False),
+    Column("Rank", "columns of L", _numeric(lambda r: r.rank, 9)),
+    Column("Codes", "bits of a code of each factor", _factor_bits, numeric=False),
+    Column("Bits", "stored bits per weight", _numeric(lambda r: r.bits_per_weight)),
+    Column("Error", "measured, relative to the norm of the matrix", _numeric(lambda r: relative(r, "error"))),
+    Column("Certificate", "upper bound of the error, relative", _numeric(lambda r: relative(r, "certificate"))),
+    Column("Probes", "certificate from random probes, relative", _numeric(lambda r: relative(r, "probe_certificate"))),
+    Column("Bound", "what the theorem promised beforehand, relative", _numeric(lambda r: relative(r, "bound"))),
+    Column("Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))),
+    Column("Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)),
+    Column("Seconds", "time it took", _numeric(lambda r: r.seconds, 3)),
+    Column("Note", "what the method has to say", lambda r: Cell(r.note or DASH), numeric=False),
+)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file as a whole: a reader sees the old page or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written ({error.strerror}): check free space and permissions") from None

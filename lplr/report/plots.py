@@ -1,0 +1,178 @@
+"""The plots of the page as inline SVG.
+
+Colours are stand-ins that become CSS variables, so that one drawing serves light and dark pages; text stays text and
+takes the page's colour.  No name of a layer is drawn: names stand in the HTML, where the template escapes them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lplr.records import LayerRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# stand-in colour in the drawing -> what the page uses
+_COLOURS = {
+    "#010101": "currentColor",
+    "#010102": "var(--grid)",
+    "#010103": "var(--error)",
+    "#010104": "var(--certificate)",
+    "#010105": "var(--bound)",
+    "#010106": "var(--optimal)",
+}
+_INK, _GRID, _ERROR, _CERTIFICATE, _BOUND, _OPTIMAL = _COLOURS
+
+# field of the record, colour, marker, line; drawn in this order, so the measured error lies on top
+_SERIES = (
+    ("bound", _BOUND, "v", ":"),
+    ("certificate", _CERTIFICATE, "^", "--"),
+    ("optimal", _OPTIMAL, "s", "-."),
+    ("error", _ERROR, "o", "-"),
+)
+_MARKED = 150  # above that many points a marker on each only blurs the line
+_CURVES = 12  # spectra in one panel
+_PANEL, _WIDE = (3.7, 2.5), (8.6, 2.7)  # inches
+
+
+def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] | None, slug: str) -> str:
+    """Error, certificate, bound and optimum relative to ||W||_F, one matrix after the other, on a logarithmic axis."""
+
+    def draw(axes: Axes) -> None:
+        x = range(1, len(records) + 1)
+        marker_size = 3.5 if len(records) <= _MARKED else 0
+        for field, colour, marker, line in _SERIES:
+            y = [relative(r, field) for r in records]
+            axes.plot(x, [math.nan if v is None or v <= 0 else v for v in y], line, color=colour, marker=marker,
+                      markersize=marker_size, linewidth=1.2)  # fmt: skip
+        axes.set_yscale("log")
+        if limits is not None:
+            axes.set_ylim(*limits)
+        axes.set_xlabel("matrix of this kind, in model order")
+        axes.set_ylabel("relative to ‖W‖")
+        _whole_numbers(axes)
+
+    return _svg(draw, _PANEL, slug)
+
+
+def error_limits(records: Iterable[LayerRecord]) -> tuple[float, float] | None:
+    """One range for every error panel, so that panels compare; None without a positive value."""
+    found = [v for r in records for field, *_ in _SERIES if (v := relative(r, field)) is not None and v > 0]
+    return (min(found) / 1.4, max(found) * 1.4) if found else None
+
+
+def relative(record: LayerRecord, field: str) -> float | None:
+    """A norm of the record over the norm of its matrix; None where there is none or the matrix is not compressed."""
+    value = getattr(record, field)
+    if value is None or record.stored != "compressed" or not record.norm > 0:
+        return None
+    return value / record.norm
+
+
+def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> str:
+    """Bits per weight of every matrix in model order, compressed and dense ones apart."""
+
+    def draw(axes: Axes) -> None:
+        for stored, colour, marker in (("compressed", _ERROR, "o"), ("dense", _BOUND, "s")):
+            points = [(i, r.bits_per_weight) for i, r in enumerate(records, 1) if r.stored == stored]
+            axes.plot([x for x, _ in points], [y for _, y in points], marker, color=colour, markersize=3.5)
+        axes.axhline(mean, color=_INK, linewidth=1, linestyle="--")
+        values = [r.bits_per_weight for r in records]
+        if min(values) > 0 and max(values) > 4 * min(values):
+            from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(0, 1.15 * max([mean, *values]))
+        axes.set_xlabel("matrix, in model order")
+        axes.set_ylabel("bits per weight")
+        _whole_numbers(axes)
+
+    return _svg(draw, _WIDE, slug)
+
+
+def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
+    """Singular values over the largest one, both axes logarithmic; the later the matrix, the stronger its line.
+
+    A dot is the last singular value that the rank keeps.  None when no record carries a spectrum.
+    """
+    have = [r for r in records if any(value > 0 for _, value in r.spectrum)]
+    if not have:
+        return None
+    step = max(1, (len(have) - 1) / (_CURVES - 1))
+    drawn = [have[round(k * step)] for k in range(min(len(have), _CURVES))]
+
+    def draw(axes: Axes) -> None:
+        for k, record in enumerate(drawn, 1):
+            points = [(i, value) for i, value in record.spectrum if value > 0]
+            top = max(value for _, value in points)
+            curve = [(i, value / top) for i, value in points]
+            axes.plot(*zip(*curve, strict=True), "-", color=_ERROR, alpha=0.25 + 0.75 * k / len(drawn), linewidth=1.2)
+            kept = [(i, value) for i, value in curve if i <= record.rank]
+            if kept and record.stored == "compressed":
+                axes.plot(*kept[-1], "o", color=_CERTIFICATE, markersize=3.5)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("index i")
+        axes.set_ylabel("σᵢ / σ₁")
+
+    return _svg(draw, _PANEL, slug)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], slug: str) -> str:
+    """Draw on fresh axes and return the <svg> element, hidden from screen readers: its figure tells what it shows."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: dict[str, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lplr",
+        "font.size": 9,
+        "text.parse_math": False,
+        "axes.unicode_minus": False,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.edgecolor": _GRID,
+        "grid.color": _GRID,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.grid(True, which="major", linewidth=0.6)
+        draw(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(out.getvalue(), slug)
+
+
+def _inline(svg: str, slug: str) -> str:
+    """The <svg> element of a file, its ids made the figure's own, its size left to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{slug}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{slug}-", svg)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r' (width|height|version)="[^"]*"', "", head) + ' aria-hidden="true" focusable="false"'
+    rest = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", rest)  # the family is the page's
+    for stand_in, colour in _COLOURS.items():
+        rest = rest.replace(stand_in, colour)
+    return f"{head}>{rest}".strip()
