@@ -22,7 +22,8 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     logits (..., v), targets (...) of integers in [0, v).  Raises ValueError when the shapes do not fit.
     """
     if logits.shape[:-1] != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}: (..., v) and (...) expected")
+        found = f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}"
+        raise ValueError(f"{found}: (..., v) and (...) expected")
     flat = targets.reshape(-1, 1)
     out = torch.empty(flat.shape[0], dtype=torch.float32, device=logits.device)
     for rows, (chunk,) in _chunks(logits):
@@ -75,7 +76,8 @@ def top1_agreement(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 def _same_shape(base_logits: Tensor, logits: Tensor) -> None:
     if base_logits.shape != logits.shape:
-        raise ValueError(f"logits of two shapes, {tuple(base_logits.shape)} and {tuple(logits.shape)}: one vocabulary expected")
+        found = f"{tuple(base_logits.shape)} and {tuple(logits.shape)}"
+        raise ValueError(f"logits of two shapes, {found}: one vocabulary expected")
 
 
 def _chunks(*logits: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,7 +38,8 @@ class QuantSpec(_Spec):
 class FactorSpec(_Spec):
     """How one matrix is factorized.  What is None is chosen from the shape and the budget by `factor.plan`.
 
-    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.
+    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.  rounding is that of the
+    factors whose QuantSpec is chosen by the plan (stochastic: with the range that never saturates).
     """
 
     method: str = "auto"
@@ -49,6 +48,7 @@ class FactorSpec(_Spec):
     l: QuantSpec | None = None  # noqa: E741  (the papers' letter)
     r: QuantSpec | None = None
     q: QuantSpec | None = None
+    rounding: Rounding = "nearest"
     sketch: Sketch = "gaussian"
     power_iterations: int = Field(0, ge=0, le=16)
     alternations: int = Field(0, ge=0, le=100)
@@ -89,3 +89,65 @@ class Recipe(_Spec):
     rules: tuple[Rule, ...] = ()
     revision: str | None = None
     device: str = "cpu"
+
+    def spec_for(self, name: str) -> FactorSpec:
+        """The FactorSpec of the matrix with this module name: the recipe's settings, then the last rule that matches."""
+        matching = [rule for rule in self.rules if fnmatchcase(name, rule.match)]
+        rule = matching[-1] if matching else Rule(match="*")
+        method = rule.method or self.method
+        width = rule.factor_bits or self.factor_bits
+        quant = None if width is None else quant_spec(width, self.rounding)
+        return FactorSpec(
+            method=method,
+            bits_per_weight=rule.bits or self.bits,
+            rank=rule.rank or self.rank,
+            l=quant,
+            r=quant,
+            rounding=self.rounding,
+            sketch=self.sketch,
+            power_iterations=self.power_iterations,
+            alternations=self.alternations,
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that `load_recipe` reads back; settings at their default are left out."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def quant_spec(bits: int, rounding: Rounding) -> QuantSpec:
+    """A factor's grid: nearest with the range of least error, or stochastic with the range that never saturates."""
+    return QuantSpec(bits=bits, rounding=rounding, clip="max" if rounding == "stochastic" else "mse")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a YAML recipe; RecipeError names the file when it cannot be read or is no mapping."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist: check the path; the folder recipes/ holds examples") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path} cannot be read ({reason}): mend the YAML") from None
+    if not isinstance(settings, dict):
+        raise RecipeError(f"recipe {path} is not a mapping of settings: write lines such as `bits: 2`")
+    return settings
+
+
+def make_recipe(settings: dict[str, Any]) -> Recipe:
+    """Validate settings; RecipeError names the path of the first wrong key, what is expected, and the nearest valid key."""
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(_explain(error.errors()[0])) from None
+
+
+def _explain(problem: Any) -> str:
+    """One line for one pydantic error."""
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        fields = Rule.model_fields if "rules" in problem["loc"] else Recipe.model_fields
+        near = get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0.0)
+        return f"unknown setting {place!r}: did you mean {near[0]!r}? (valid: {', '.join(fields)})"
+    if problem["type"] == "missing":
+        return f"setting {place!r} is missing: add it"
+    return f"setting {place!r} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

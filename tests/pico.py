@@ -34,12 +34,18 @@ _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 20, "decoder_sparse_s
 # architecture -> (model_type, settings that differ from _COMMON)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2": (
+        "qwen2",
+        {"tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}),
     "gemma2": ("gemma2", _GEMMA),
     "gemma3": ("gemma3_text", {**_GEMMA, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": ("qwen2_moe", {**_MOE, "num_experts": 5, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {**_MOE, "num_experts": 5, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
+    ),
     "qwen3_moe": ("qwen3_moe", {**_MOE, "num_experts": 5, "norm_topk_prob": True}),
     "gpt2": ("gpt2", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}),
     "opt": ("opt", {"ffn_dim": INNER, "word_embed_proj_dim": 16}),
@@ -81,7 +87,9 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_qtensor(n: int, d: int, bits: int, generator: torch.Generator, *, row: int | None, col: int | None) -> QTensor:
+def random_qtensor(
+    n: int, d: int, bits: int, generator: torch.Generator, *, row: int | None, col: int | None
+) -> QTensor:
     """Random codes and positive scales; row and col are the scales' lengths, None for none."""
     codes = torch.randint(0, 1 << bits, (n, d), generator=generator, dtype=torch.uint8)
 
@@ -113,7 +121,9 @@ def compress(made: Any, seed: int = 3, skip: tuple[str, ...] = ("lm_head",)) -> 
     factors = {}
     for i, (name, module) in enumerate(linears(made, skip).items()):
         n, d = weight_of(module).shape
-        factors[name] = random_factorization(n, d, (5, 3, 0)[i % 3], generator, ((2, 3, 0), (1, 4, 2), (0, 0, 3))[i % 3])
+        factors[name] = random_factorization(
+            n, d, (5, 3, 0)[i % 3], generator, ((2, 3, 0), (1, 4, 2), (0, 0, 3))[i % 3]
+        )
     biases = {name: getattr(made.get_submodule(name), "bias", None) for name in factors}
     for name, module in swap(made, {name: f.format for name, f in factors.items()}).items():
         module.load_factorization(factors[name])
@@ -139,7 +149,11 @@ def write_compressed(made: Any, folder: Path, **extra: Any) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     tied = set(made.all_tied_weights_keys)
-    save_file({k: v.contiguous() for k, v in made.state_dict().items() if k not in tied}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v.contiguous() for k, v in made.state_dict().items() if k not in tied},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     layers = {name: m.format.to_dict() for name, m in made.named_modules() if isinstance(m, LowRankLinear)}
     entry = made.config.to_dict()
     entry.update(architectures=[type(made).__name__], dtype="float32")

@@ -1,9 +1,9 @@
 """Perplexity of a causal language model, and its distance from the model it was made from.
 
-The protocol is that of GPTQ (arXiv:2210.17323): the text is tokenised once without BOS and cut into windows of `seqlen`
-tokens without overlap; every window is read on its own and predicts its seqlen - 1 last tokens; what is left of the text
-after the last whole window is not read.  Base and compressed model read the same window one after the other, so memory
-holds the two models and the logits of one window of each.
+The protocol is that of GPTQ (arXiv:2210.17323): the text is tokenised once without BOS and cut into windows of
+`seqlen` tokens without overlap; every window is read on its own and predicts its seqlen - 1 last tokens; what is left
+of the text after the last whole window is not read.  Base and compressed model read the same window one after the
+other, so memory holds the two models and the logits of one window of each.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def as_table(result: EvalResult) -> list[tuple[str, str]]:
             ("top-1 agreement", "-" if result.top1 is None else f"{100 * result.top1:.2f} %"),
         ]
     text = result.dataset or "unnamed"
+    digest = f", sha256 {result.dataset_sha256[:8]}" if result.dataset_sha256 else ""
     rows += [
-        ("text", f"{text}, {result.text_tokens:,} tokens" + (f", sha256 {result.dataset_sha256[:8]}" if result.dataset_sha256 else "")),
+        ("text", f"{text}, {result.text_tokens:,} tokens{digest}"),
         ("context", f"{result.windows} windows of {result.seqlen:,} tokens, {result.tokens:,} predictions"),
         ("BOS", result.bos),
     ]
@@ -237,7 +238,7 @@ def _checked_seqlen(models: list[nn.Module], seqlen: int | None) -> int:
 
 def _check_tokens(models: list[nn.Module], tokens: Tensor) -> None:
     if tokens.ndim != 1 or tokens.numel() < 2:
-        raise DatasetError(f"tokens of shape {tuple(tokens.shape)}: a text of at least 2 tokens expected, give a longer one")
+        raise DatasetError(f"tokens of shape {tuple(tokens.shape)}: at least 2 expected, give a longer text")
     largest = int(tokens.max())
     vocabulary = min(_embedding(m).weight.shape[0] for m in models)
     if largest >= vocabulary:

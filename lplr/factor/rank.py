@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lplr.errors import RecipeError
 from lplr.factor.factorization import Format
-from lplr.recipe import FactorSpec, QuantSpec
+from lplr.recipe import FactorSpec, QuantSpec, quant_spec
 
 BACKBONE_FROM = 1.2  # bits per weight from which a backbone with factors beats factors alone (eval/quality/methods.py)
 LOW_RANK = ("lplr", "lplr_svd", "direct_svd")
@@ -38,7 +38,8 @@ def plan(shape: tuple[int, int], spec: FactorSpec) -> FactorSpec:
         spec = spec.model_copy(update={"q": None})
     alone = default_factor_bits(budget if budget is not None else 1.0)
     bits = alone if spec.q is None else (3 if spec.q.bits == 1 else 2)
-    spec = spec.model_copy(update={"l": spec.l or QuantSpec(bits=bits), "r": spec.r or QuantSpec(bits=bits)})
+    default = quant_spec(bits, spec.rounding)
+    spec = spec.model_copy(update={"l": spec.l or default, "r": spec.r or default})
     if spec.rank is None:
         spec = spec.model_copy(update={"rank": largest_rank(shape, spec)})
     return spec.model_copy(update={"rank": min(spec.rank or 0, *shape)})

@@ -58,13 +58,13 @@ def resolve(model: str, revision: str | None = None, notify: Notify = _log) -> P
     Raises CheckpointError for a path that is not there, HubError for a repository that cannot be used.
     """
     local = Path(model).expanduser()
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+    if (model and local.is_dir()) or (local.is_file() and local.suffix == ".gguf"):
         return local
     if local.is_file():
         raise CheckpointError(f"{model}: is a file: give the folder that holds it with its config.json, or a .gguf file")
     repo, _, file = model.partition(":")
     if not _REPO.fullmatch(repo) or (not file and local.suffix in (".gguf", ".safetensors")):
-        raise CheckpointError(f"{model}: no such file or folder: check the path, or give a Hub id such as owner/name")
+        raise CheckpointError(f"{model or 'an empty name'}: no such file or folder: check the path, or give a Hub id such as owner/name")
     try:
         if not file:
             address, notice = choose_repo(repo, lambda name: list_files(name, revision))
@@ -123,7 +123,9 @@ def list_files(repo: str, revision: str | None = None) -> list[str]:
     import huggingface_hub
 
     with hub_errors(repo, revision):
-        return list(huggingface_hub.HfApi().list_repo_files(repo, revision=revision))
+        # list_repo_files would try five times, for half a minute, before it says that there is no connection
+        found = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=30)
+        return [file.rfilename for file in found.siblings or ()]
 
 
 def _readable(files: list[str]) -> bool:
@@ -190,7 +192,7 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
     except errors.HFValidationError as error:
         raise HubError(f"{what} is not a Hub id: give owner/name, or the path of a folder") from error
     except errors.HfHubHTTPError as error:
-        raise _status_error(what, page, log_in, error.response.status_code) from error
+        raise _status_error(what, page, log_in, error.response.status_code, bool(get_token())) from error
     except (errors.LocalEntryNotFoundError, unresolved, transport, ConnectionError, TimeoutError) as error:
         raise Unreachable(
             f"cannot reach the Hub for {what}: check the connection (and that HF_HUB_OFFLINE is not set), "
@@ -202,12 +204,14 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
         raise HubError(f"cannot store {what}: {error.strerror or 'write failed'}: {step}") from error
 
 
-def _status_error(what: str, page: str, log_in: str, status: int) -> HubError:
-    """The HubError for a refusal that has no exception class of its own."""
+def _status_error(what: str, page: str, log_in: str, status: int, token: bool) -> HubError:
+    """The HubError for a refusal that has no exception class of its own; token: whether one was sent."""
+    if status == 401 and not token:
+        return HubError(f"the Hub wants to know who asks for {what}: {log_in} and run again")
     if status == 401:
         return HubError(f"the Hub refused the token sent for {what} (invalid or expired): {log_in} and run again")
     if status == 403:
-        return HubError(f"the token may not read {what}: give it read access to gated and public repositories, see {page}")
+        return HubError(f"the Hub lets this token not read {what}: give it access to gated repositories, see {page}")
     if status == 429:
         return HubError(f"the Hub limits the rate of requests (429) for {what}: wait some minutes, or {log_in}")
     return HubError(f"the Hub answered {status} for {what}: try again later, or give a folder on this machine")

@@ -17,6 +17,7 @@ from lplr.hf.register import register
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+_GIVE = "give the folder of a transformers model, a hub id or a GGUF file"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -29,20 +30,23 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
 
 
-def _source(path: str | Path, **kwargs: Any) -> tuple[str, dict[str, Any]]:
-    """The name to give to from_pretrained, and its arguments; CheckpointError when nothing is there."""
+def _source(path: str | Path, wanted: tuple[str, ...], **kwargs: Any) -> tuple[str, dict[str, Any]]:
+    """The name to give to from_pretrained, and its arguments; CheckpointError when nothing is there.
+
+    wanted: files of which a folder must hold one.
+    """
     local = Path(path).expanduser()
     if local.is_file() and is_gguf(local):
         return str(local.parent), {**kwargs, "gguf_file": local.name, "local_files_only": True}
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise CheckpointError(f"{local} has no config.json: give the folder of a transformers model, a hub id or a GGUF file")
+        if not any((local / name).is_file() for name in wanted):
+            raise CheckpointError(f"{local} has no {wanted[0]}: {_GIVE}")
         return str(local), {**kwargs, "local_files_only": True}
     if local.exists():
         raise CheckpointError(f"{local} is a file: give a folder, a hub id or a file that ends in .gguf")
     if not is_gguf(path) and _HUB_ID.fullmatch(str(path)):
         return str(path), kwargs
-    raise CheckpointError(f"{path} does not exist: give the folder of a transformers model, a hub id or a GGUF file")
+    raise CheckpointError(f"{path} does not exist: {_GIVE}")
 
 
 def _translated(path: str | Path, error: Exception) -> Exception:
@@ -51,48 +55,63 @@ def _translated(path: str | Path, error: Exception) -> Exception:
     if isinstance(error, OSError) and not Path(path).exists():
         return HubError(f"{path} cannot be had from the hub ({reason}): check the name, or log in with `hf auth login`")
     if isinstance(error, ValueError | KeyError):
-        return UnsupportedModel(f"{path} cannot be loaded ({reason}): upgrade transformers or choose another model")
+        return UnsupportedModel(
+            f"{path} cannot be loaded ({reason}): check its files, upgrade transformers, or choose another model"
+        )
     return CheckpointError(f"{path} cannot be read ({reason}): copy or download it again")
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
     """The causal language model at `path` in eval mode; a GGUF file is dequantized.  kwargs go to from_pretrained.
 
-    Raises CheckpointError for a file that is absent or damaged and for a tensor that is missing, unexpected or
-    misshapen, VerificationError when that is in a compressed folder, UnsupportedModel for an unknown architecture, HubError.
+    Raises CheckpointError for a file that is absent or damaged and for a tensor that is missing or misshapen,
+    VerificationError when that, or an unexpected tensor, is in a compressed folder, UnsupportedModel for an unknown
+    architecture, HubError for a repository that cannot be had.
     """
     register()
-    name, arguments = _source(path, dtype=dtype, **kwargs)
+    name, arguments = _source(path, ("config.json",), dtype=dtype, **kwargs)
     if "gguf_file" in arguments:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError) and "mismatch" not in str(error):
-            raise
+        if isinstance(error, RuntimeError) and "mismatch" not in str(error):
+            raise  # transformers tells of a misshapen tensor by "mismatch"; anything else is a fault of the program
         raise _translated(path, error) from None
+    model, info = loaded
     _check(path, model, info)
     return model.eval()
 
 
 def _check(path: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raise CheckpointError when transformers would go on with tensors made up or left out."""
-    kind = "compressed" if compressed_layers(model) else "dense"
-    for what in ("missing", "unexpected", "mismatched"):
+    """Raise CheckpointError when transformers would go on with tensors made up, or, when compressed, left out.
+
+    Dense checkpoints of old hold tensors that the model has no use for, such as GPT-2's masks; those are let pass.
+    """
+    packed = bool(compressed_layers(model))
+    kind = "compressed" if packed else "dense"
+    for what in ("missing", "mismatched", "unexpected") if packed else ("missing", "mismatched"):
         keys = sorted(str(key) for key in info[f"{what}_keys"])
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise CheckpointError(f"{path} ({kind}): tensor {keys[0]}{more} {what}: check that config.json belongs to these weights")
+            raise CheckpointError(
+                f"{path} ({kind}): tensor {keys[0]}{more} {what}: does config.json belong to these weights?"
+            )
     for key, value in (info.get("conversion_errors") or {}).items():
         raise CheckpointError(f"{path} ({kind}): tensor {key} cannot be converted ({value}): copy or download it again")
 
 
 def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer at `path`.  One read from a GGUF file of the SmolLM family gets back the step that splits numbers into digits."""
-    name, arguments = _source(path, **kwargs)
+    """The tokenizer at `path`.  One from a GGUF file of the SmolLM family gets back the step that splits digits.
+
+    Raises what `load_model` raises.
+    """
+    name, arguments = _source(path, ("tokenizer_config.json", "tokenizer.json", "config.json"), **kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
+            raise  # the tokenizers package raises the plain class for a damaged file
         raise _translated(path, error) from None
     if "gguf_file" in arguments and _gguf_pre_tokenizer(Path(path).expanduser()) == "smollm":
         _split_digits(tokenizer)
@@ -108,7 +127,7 @@ def _gguf_pre_tokenizer(file: Path) -> str:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put a step that makes every digit a word of its own before the byte-level one; transformers' import of GGUF drops it."""
+    """Put back the step that makes every digit a word of its own: transformers drops it when it reads GGUF."""
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer

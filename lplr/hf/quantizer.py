@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -36,8 +37,8 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype as safe
 class LplrConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed folder's config.json.
 
-    layers maps the module name of each compressed layer to `Format.to_dict()`; defused says that fused experts were split
-    into linear layers.  Fields of later versions are kept and written back.
+    layers maps the module name of each compressed layer to `Format.to_dict()`; defused says that fused experts were
+    split into linear layers.  Fields of later versions are kept and written back.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class LplrConfig(QuantizationConfigMixin):
         """Module name -> Format; CheckpointError on a damaged entry or a format from a later version."""
         if self.format_version > FORMAT_VERSION:
             raise CheckpointError(
-                f"the folder has format version {self.format_version}, this lplr reads up to {FORMAT_VERSION}: upgrade lplr"
+                f"the folder has format version {self.format_version}, up to {FORMAT_VERSION} can be read: upgrade lplr"
             )
         return {name: Format.from_dict(entry) for name, entry in self.layers.items()}
 
 
 def file_shapes(files: Iterable[str | Path]) -> Shapes:
-    """Every tensor of safetensors files, from their headers; CheckpointError names a file that is cut short or damaged."""
+    """Every tensor of safetensors files, from their headers; CheckpointError names a file that is damaged."""
     found: Shapes = {}
     for file in files:
         try:
@@ -92,7 +93,9 @@ def check_shapes(model: PreTrainedModel, found: Shapes, *, everything: bool) -> 
     those below the model's base are required, and a head that the files lack is left to be trained anew.
     """
     state = model.state_dict()
-    names = {found_as: name for name in found for found_as in _aliases(name, model.base_model_prefix) if found_as in state}
+    names = {
+        found_as: name for name in found for found_as in _aliases(name, model.base_model_prefix) if found_as in state
+    }
     stored = {f"{layer}.{key}" for layer, m in compressed_layers(model).items() for key in m.state_dict()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
@@ -140,7 +143,9 @@ class LplrQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
         if not self.pre_quantized:
-            raise RecipeError("from_pretrained cannot compress a dense model on the fly: run `lplr compress` and load its folder")
+            raise RecipeError(
+                "from_pretrained cannot compress a dense model on the fly: run `lplr compress` and load its folder"
+            )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Split experts, swap the table's layers in on meta, and check the headers of the files."""
@@ -168,12 +173,12 @@ class LplrQuantizer(HfQuantizer):
         """None: a compressed folder names its tensors as the model does, so loading and saving change nothing."""
         return []
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]  # the base declares nothing
         """The state dict is the file."""
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         """Packed codes have no gradient."""
         return False
 
@@ -186,7 +191,9 @@ class LplrQuantizer(HfQuantizer):
         """Replace every packed layer by a dense nn.Linear of its dequantized weight."""
         for name, module in compressed_layers(model).items():
             dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            dense.weight = nn.Parameter(module.factorization.dequantize().to(dtype or module.dtype), requires_grad=False)
+            dense.weight = nn.Parameter(
+                module.factorization.dequantize().to(dtype or module.dtype), requires_grad=False
+            )
             dense.bias = module.bias  # type: ignore[assignment]
             model.set_submodule(name, dense)
         return model
@@ -203,3 +210,8 @@ def _renamed(formats: dict[str, Format], model: PreTrainedModel) -> dict[str, Fo
         if fits or not outside:
             out[fits[0] if fits else name] = fmt
     return out
+
+
+# By assignment, which may be repeated: the decorators of transformers refuse a module that is imported anew.
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LplrConfig
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LplrQuantizer

@@ -1,15 +1,16 @@
 """Make `from_pretrained` know the quant_method "lplr", without importing transformers before the user does.
 
 transformers has no entry points for quantizers: a process registers its own in the tables of
-`transformers.quantizers.auto`.  When that module is already there, `install` registers at once.  Otherwise it waits: a finder on
-sys.meta_path sees the import of exactly that module, lets the usual finders find it, registers
-after it has run, and takes itself away.
+`transformers.quantizers.auto`.  When that module is already there, `install` registers at once.  Otherwise it
+waits: a finder on sys.meta_path sees the import of exactly that module, lets the usual finders find it,
+registers after it has run, and takes itself away.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -18,13 +19,8 @@ _TARGET = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Put LplrConfig and LplrQuantizer in the tables of transformers; does nothing the second time."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-
-    from lplr.hf.quantizer import QUANT_METHOD, LplrConfig, LplrQuantizer
-
-    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LplrConfig  # a plain assignment: lplr may be imported anew
-    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LplrQuantizer
+    """Put LplrConfig and LplrQuantizer in the tables of transformers, which importing their module does."""
+    import_module("lplr.hf.quantizer")  # when it is that module's own import that led here, it registers at its end
 
 
 class _Waiting(MetaPathFinder):
@@ -53,7 +49,7 @@ class _Waiting(MetaPathFinder):
 
 
 def install() -> None:
-    """Register now if transformers has its tables, else as soon as it has.  Called by `import lplr`; may be called again."""
+    """Register now if transformers has its tables, else as soon as it has.  `import lplr` calls it."""
     if _TARGET in sys.modules:
         register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):

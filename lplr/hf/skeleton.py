@@ -20,15 +20,22 @@ if TYPE_CHECKING:
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
-    """The configuration in a folder; CheckpointError without a readable config.json, UnsupportedModel for an unknown architecture."""
+    """The configuration in a folder.
+
+    Raises CheckpointError without a readable config.json, UnsupportedModel for an unknown architecture.
+    """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist: give the folder of a transformers model, a hub id or a GGUF file")
+        raise CheckpointError(
+            f"{file} does not exist: give the folder of a transformers model, a hub id or a GGUF file"
+        )
     try:
         return AutoConfig.from_pretrained(Path(path), local_files_only=True)
     except (ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UnsupportedModel(f"{file}: transformers does not know this architecture ({reason}): upgrade transformers") from None
+        raise UnsupportedModel(
+            f"{file}: transformers does not know this architecture ({reason}): upgrade transformers"
+        ) from None
     except OSError as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{file} cannot be read ({reason}): copy the model again") from None
@@ -37,8 +44,10 @@ def load_config(path: str | Path) -> PretrainedConfig:
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of a configuration in eval mode: every parameter on meta, tied ones tied.
 
-    Buffers that no checkpoint holds, such as rotary frequencies, are real and initialised on the CPU: nothing else would
-    bring them back.  Raises UnsupportedModel when transformers has no causal language model for the configuration.
+    Buffers that no checkpoint holds, such as rotary frequencies, are real and initialised on the CPU: nothing
+    else would bring them back.
+
+    Raises UnsupportedModel when transformers has no causal language model for the configuration.
     """
     try:
         with torch.device("meta"):
@@ -46,14 +55,16 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     except (ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         kind = getattr(config, "model_type", "unknown")
-        raise UnsupportedModel(f"model_type {kind!r} has no causal language model ({reason}): choose another model") from None
+        raise UnsupportedModel(
+            f"model_type {kind!r} has no causal language model ({reason}): choose another model"
+        ) from None
     model.tie_weights()
     _restore_buffers(model)
     return model.eval()
 
 
 def _restore_buffers(model: PreTrainedModel) -> None:
-    """Give non-persistent buffers their values, the way `from_pretrained` does: memory first, then the model's own initialisers.
+    """Give buffers that no checkpoint holds their values as `from_pretrained` does: by the model's own initialisers.
 
     Parameters stay on meta, where an initialiser does nothing.
     """
@@ -79,7 +90,9 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             lists[name] = module
     if not lists:
         kind = type(model).__name__
-        raise UnsupportedModel(f"{kind} holds no list of decoder blocks with linear layers: choose a decoder-only transformer")
+        raise UnsupportedModel(
+            f"{kind} holds no list of decoder blocks with linear layers: choose a decoder-only transformer"
+        )
     chosen = max(lists.values(), key=lambda found: sum(p.numel() for p in found.parameters()))
     return names[id(chosen)], chosen
 
@@ -87,8 +100,8 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def materialise(module: nn.Module, tensors: Mapping[str, Tensor], *, skip: Collection[str] = ()) -> None:
     """Put given tensors, not copies, in place of the parameters and stored buffers of a module on meta.
 
-    tensors: names relative to `module`.  A tied parameter may be given under any of its names, and stays tied.  What lies
-    below a name of `skip` stays as it is.  The module's other buffers follow to the tensors' device.  Raises
+    tensors: names relative to `module`.  A tied parameter may be given under any of its names, and stays tied.  What
+    lies below a name of `skip` stays as it is.  The module's other buffers follow to the tensors' device.  Raises
     CheckpointError for an unknown, misshapen or missing tensor.
     """
     slots = _slots(module)
@@ -96,7 +109,9 @@ def materialise(module: nn.Module, tensors: Mapping[str, Tensor], *, skip: Colle
     filled: set[str] = set()
     for name, tensor in tensors.items():
         if name not in slots:
-            raise CheckpointError(f"tensor {name} has no place in {type(module).__name__}: check the checkpoint's architecture")
+            raise CheckpointError(
+                f"tensor {name} has no place in {type(module).__name__}: check the checkpoint's architecture"
+            )
         if tensor.shape != slots[name].shape:
             shapes = f"{tuple(tensor.shape)}, {tuple(slots[name].shape)} expected"
             raise CheckpointError(f"tensor {name} has shape {shapes}: check that config.json belongs to these weights")
@@ -112,7 +127,7 @@ def materialise(module: nn.Module, tensors: Mapping[str, Tensor], *, skip: Colle
 
 
 def release(module: nn.Module) -> None:
-    """Send a module's parameters and stored buffers back to meta; buffers that no checkpoint holds keep their values."""
+    """Send a module's parameters and stored buffers back to meta; its other buffers keep their values."""
     slots = _slots(module)
     for names in _names_of(slots).values():
         _assign(module, names, slots[names[0]].detach().to("meta"))
@@ -155,7 +170,7 @@ class _Captured(Exception):
 
 
 class _Passed(Tensor):
-    """What a stub returns: a tensor, and also the tuple (tensor,) for a model that takes element 0 of a block's result."""
+    """What a stub returns: a tensor, and the tuple (tensor,) for a model that takes element 0 of a block's result."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
@@ -182,8 +197,8 @@ class _Recorder(nn.Module):
         hidden = hidden.as_subclass(Tensor)
         if calls and calls[-1][0].data_ptr() != hidden.data_ptr():
             raise UnsupportedModel(
-                f"the model changes the hidden states between its {type(block).__name__} blocks: it cannot be run block by block; "
-                "choose another model"
+                f"the model changes the hidden states between its {type(block).__name__} blocks, so it cannot be run "
+                "block by block: choose another model"
             )
         calls.append((hidden, rest))
         if self.__dict__["_last"]:
@@ -197,7 +212,9 @@ def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if len(args) > len(names) or not isinstance(given.get(names[0]), Tensor):
-        raise UnsupportedModel(f"{type(block).__name__} is called without its hidden states first: choose another model")
+        raise UnsupportedModel(
+            f"{type(block).__name__} is called without its hidden states first: choose another model"
+        )
     return given.pop(names[0]), given
 
 
@@ -218,7 +235,8 @@ def _recording(stack: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
 def capture_block_inputs(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """The input of block 0, (b, t, d), and the other arguments of every block, for input_ids (b, t).
 
-    Runs what lies before the blocks (embeddings, rotary tables, masks), which must be materialised; the blocks may be on meta.
+    Runs what lies before the blocks (embeddings, rotary tables, masks), which must be materialised; the blocks may be
+    on meta.
     `run_block(block_i, hidden, kwargs[i])` then gives the input of the next one.  Raises UnsupportedModel for a
     model that does not hand the result of one block, unchanged, to the next.
     """

@@ -9,8 +9,8 @@ A dataset is one of
     wikitext2, c4, ...         short names of `HUB_NAMES`
     OWNER/NAME[:CONFIG]        any dataset of the Hub with a field `text` or `content`
 
-WikiText (a file whose name says so, or the Hub's) is joined as GPTQ (arXiv:2210.17323) does: each line with its newline,
-a blank line as "", joined by two newlines, one document.
+WikiText (a file whose name says so, or the Hub's) is joined as GPTQ (arXiv:2210.17323) does: each line with its
+newline, a blank line as "", joined by two newlines, one document.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SEPARATOR = "<|endoftext|>"
 TEXT_FIELDS = ("text", "content")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw", ".tokens")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 HUB_CHARACTERS = 12_000_000  # read at most this much from the Hub: more than all of WikiText-2
 HELD_OUT_SPLITS = ("test", "validation", "valid", "dev", "eval")
@@ -48,7 +49,8 @@ HUB_NAMES = {
 }
 # reference topics about statements, names and the debugger, 19 % of the text
 HELD_OUT_TOPICS = frozenset(
-    "calls debugger dynamic-features exceptions execmodel import naming objects operator-summary raise strings".split()
+    ("calls", "debugger", "dynamic-features", "exceptions", "execmodel", "import")
+    + ("naming", "objects", "operator-summary", "raise", "strings")
 )
 _SHARED_PARAGRAPH = 40  # characters from which a repeated paragraph counts as a copy rather than a common phrase
 _SHORTEST_TOPIC = 200  # below that, what is left of a topic is its heading
@@ -98,7 +100,7 @@ def read_text(dataset: str, *, split: str | None = None) -> Text:
         return _file(path)
     if path.is_dir():
         raise DatasetError(f"dataset {dataset} is a folder: name a text or jsonl file in it")
-    if path.suffix.lower() in (".txt", ".raw", ".tokens", ".md", ".text", *JSON_SUFFIXES) or dataset[:1] in ("/", ".", "~"):
+    if path.suffix.lower() in (*TEXT_SUFFIXES, *JSON_SUFFIXES) or dataset.startswith(("/", ".", "~")):
         raise DatasetError(f"dataset file {dataset} does not exist: check the path, or use `builtin`")
     if name not in HUB_NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         near = get_close_matches(dataset, ("builtin", *HUB_NAMES), n=1)
@@ -228,7 +230,8 @@ def _field(row: Any, where: str) -> str:
 
 
 def _possible() -> str:
-    return f"one of builtin, builtin:heldout, a text or jsonl file, {', '.join(HUB_NAMES)}, OWNER/NAME[:CONFIG] of the Hub"
+    names = ", ".join(HUB_NAMES)
+    return f"give builtin, builtin:heldout, a text or jsonl file, {names}, or OWNER/NAME[:CONFIG] of the Hub"
 
 
 def _hub(name: str, config: str | None, split: str) -> Text:
@@ -238,19 +241,19 @@ def _hub(name: str, config: str | None, split: str) -> Text:
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise DatasetError(
-            f"dataset {name!r} of the Hub needs the package `datasets`: pip install datasets, or give a text file or `builtin`"
-        ) from None
+        remedy = "pip install datasets, or give a text file or `builtin`"
+        raise DatasetError(f"dataset {name!r} of the Hub needs the package `datasets`: {remedy}") from None
     repository, default = HUB_NAMES.get(name, (name, None))
     # the root of the HTTP client's errors, whichever client this version of the Hub's library uses
     transport: type[BaseException] = HfHubHTTPError.__bases__[0]
     try:
         found = datasets.load_dataset(repository, config or default, streaming=True)
-        part = _split(name, list(found), split)
+        part = _split(name, [str(key) for key in found], split)
         rows, cut = _take(found[part], f"dataset {name}, split {part}")
     except (OSError, ValueError, RuntimeError, DatasetsError, transport) as error:
         reason = " ".join(str(error).split())[:300]
-        raise DatasetError(f"dataset {name!r} cannot be had from the Hub ({reason}): check name and network, or {_possible()}") from None
+        remedy = f"check name and network, or {_possible()}"
+        raise DatasetError(f"dataset {name!r} cannot be had from the Hub ({reason}): {remedy}") from None
     label = ":".join([name, config] if config else [name])
     if repository == "Salesforce/wikitext":
         rows = [_gptq_join(rows)]
@@ -264,7 +267,7 @@ def _split(name: str, available: list[str], wanted: str) -> str:
         for candidate in HELD_OUT_SPLITS:
             if candidate in available:
                 return candidate
-    raise DatasetError(f"dataset {name!r} has no split {wanted!r}: choose one of {', '.join(map(str, available))}")
+    raise DatasetError(f"dataset {name!r} has no split {wanted!r}: choose one of {', '.join(available)}")
 
 
 def _take(rows: Iterable[Any], where: str) -> tuple[list[str], int]:

@@ -11,6 +11,7 @@ compression and swapping see nothing but linear layers.  Only this layout is acc
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,13 @@ from lplr.errors import UnsupportedModel
 _FUSED = ("gate_up_proj", "down_proj")
 _SIGNATURE = ("hidden_states", "top_k_index", "top_k_weights")
 # flags that transformers sets on an experts module, and the value of the layout above
-_FLAGS = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False, "has_post_expert_norm": False}
+_FLAGS = {
+    "has_gate": True,
+    "is_concatenated": True,
+    "is_transposed": False,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+}
 
 
 class Expert(nn.Module):
@@ -49,7 +56,7 @@ class DefusedExperts(nn.Module):
             if e >= self.num_experts:
                 continue
             token, slot = torch.where(top_k_index == e)
-            expert = self.get_submodule(str(e))
+            expert: Any = self.get_submodule(str(e))  # its layers may have been swapped
             gate, up = expert.gate_up_proj(hidden_states[token]).chunk(2, dim=-1)  # (t_e, f) each
             y = expert.down_proj(self.act_fn(gate) * up) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
@@ -91,8 +98,8 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in found.items():
         if reason := _misfit(module):
             raise UnsupportedModel(
-                f"{name} ({type(module).__name__}) holds its experts with {reason}, gate_up_proj (E, 2f, d) and down_proj (E, d, f) "
-                "without bias expected: choose a model with such experts, or a dense one"
+                f"{name} ({type(module).__name__}) holds its experts with {reason}, gate_up_proj (E, 2f, d) and "
+                "down_proj (E, d, f) without bias expected: choose a model with such experts, or a dense one"
             )
     return found
 
@@ -100,7 +107,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def expert_tensors(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Views of a fused parameter, by the names they have in the defused model.
 
-    name: `...experts.gate_up_proj` or `...experts.down_proj`, tensor (E, n, d) -> `...experts.{e}.gate_up_proj.weight` (n, d).
+    name `...experts.down_proj`, tensor (E, n, d) -> `...experts.{e}.down_proj.weight` (n, d); gate_up_proj likewise.
     """
     prefix, _, leaf = name.rpartition(".")
     return {f"{prefix}.{e}.{leaf}.weight": tensor[e] for e in range(tensor.shape[0])}

@@ -47,7 +47,7 @@ class LowRankLinear(nn.Module):
     def from_factorization(
         cls, f: Factorization, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> LowRankLinear:
-        """The layer that holds f's own tensors (not copies); the bias is copied and gives the dtype unless one is given."""
+        """The layer that holds f's own tensors, not copies; the bias is copied, and its dtype is the default one."""
         if bias is not None and dtype is None:
             dtype = bias.dtype
         module = cls(f.format, bias is not None, device="meta", dtype=dtype)

@@ -14,7 +14,7 @@ from lplr.nn.lowrank import LowRankLinear
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's Conv1D: a linear layer that holds its weight as (in, out).  Told by its class name and its fields."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight").dim() == 2
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.get_parameter("weight").dim() == 2
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -23,15 +23,15 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_skipped(name: str, patterns: Collection[str]) -> bool:
-    """Whether a pattern is the full name, its last component, a prefix of whole components, or matches as a shell pattern."""
+    """Whether a pattern is the name, its last component, a prefix of whole components, or a shell pattern that fits."""
     last = name.rpartition(".")[2]
     return any(p in (name, last) or name.startswith(p + ".") or fnmatchcase(name, p) for p in patterns)
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (out, in), a view."""
-    weight = getattr(module, "weight")
-    return weight.detach().T if is_conv1d(module) else weight.detach()
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_conv1d(module) else weight
 
 
 def _shared_with_others(model: nn.Module) -> set[int]:

@@ -1,8 +1,8 @@
 """report.html: what a run did and what it is worth, on one page that needs nothing else.
 
-Everything that comes from a file (names of tensors, settings, evaluation results) is data: the template escapes it, and a
-missing or odd value is shown as a dash.  The only markup that enters unescaped is that of `lplr.report.plots`, which
-draws numbers and no names.
+Everything that comes from a file (names of tensors, settings, evaluation results) is data: the template escapes it,
+and a missing or odd value is shown as a dash.  The only markup that enters unescaped is that of `lplr.report.plots`,
+which draws numbers and no names.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Column(NamedTuple):
 def write_report(folder: Path) -> Path:
     """Write report.html from run.jsonl and every eval-*.json of the folder, and return its path.
 
-    Raises OutputError when the folder has no run.jsonl, when one of these files is damaged, or when it cannot be written.
+    Raises OutputError when the folder has no run.jsonl, one of these files is damaged, or the page cannot be written.
     """
     ledger = folder / LEDGER
     if not ledger.is_file():
@@ -76,10 +76,11 @@ def render(
     run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
     done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
     # autoescape=True, not select_autoescape: the template's suffix is .j2
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("lplr.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     calibration = _calibration(run, evaluations)
-    return template.render(
+    return environment.from_string(source).render(
         model=_show(run.get("model")),
         warnings=_warnings(done, records, evaluations),
         headline=_headline(done or {}, records, evaluations, calibration),
@@ -163,14 +164,16 @@ def _warnings(
 ) -> list[str]:
     out = []
     if done is None:
-        out.append(f"This run is not finished: it holds {len(records)} matrices so far. Run the same command again to go on.")
+        remedy = "run the same command again to go on"
+        out.append(f"This run is not finished, matrices so far {len(records)}: {remedy}.")
     broken = [r.name for r in records if _breaks(r)]
     if broken:
         names = ", ".join(broken[:5]) + (" …" if len(broken) > 5 else "")
-        out.append(f"{len(broken)} matrices have a measured error above their certificate: {names}. Run lplr verify.")
+        out.append(f"Measured error above the certificate in {len(broken)} of the matrices: {names}. Run lplr verify.")
     for name, evaluation in evaluations:
         if evaluation.get("finite") is False:
-            out.append(f"{name}: a logit was NaN or a token of the text had probability zero; the perplexity is not finite.")
+            why = "a logit was NaN or a token of the text had probability zero"
+            out.append(f"{name}: {why}; the perplexity is not finite.")
     return out
 
 
@@ -191,21 +194,24 @@ def _headline(
     total = math.sqrt(sum(r.norm**2 for r in compressed))
     error = math.sqrt(sum(r.error**2 for r in compressed)) / total if total else None
     held = sum(not _breaks(r) for r in compressed)
-    out = [
+    parameters, stored = done.get("parameters"), done.get("bytes")
+    within = f"{held} of {len(compressed)} within their certificate"
+    return [
         ("Bits per weight", number(bits), f"of {number(weights, 12)} compressed weights, every stored bit counted"),
-        ("Bits per parameter", number(done.get("bits_per_parameter")), f"of all {number(done.get('parameters'), 12)} parameters"),
-        ("Size of the weight files", size(done.get("bytes")), f"{number(done.get('bytes'), 15)} bytes on disk"),
-        ("Relative error", number(error, 3), f"‖W − Ŵ‖ / ‖W‖ over all compressed matrices; {held} of {len(compressed)} within their certificate"),
+        *(_perplexity(e, calibration) for _, e in evaluations[:1]),
+        ("Bits per parameter", number(done.get("bits_per_parameter")), f"of all {number(parameters, 12)} parameters"),
+        ("Size of the weight files", size(stored), f"{number(stored, 15)} bytes on disk"),
+        ("Relative error", number(error, 3), f"‖W − Ŵ‖ / ‖W‖ over all compressed matrices; {within}"),
     ]
-    for _, e in evaluations[:1]:
-        known = e.get("base_perplexity") is not None
-        figure = f"{number(e.get('base_perplexity'))} → {number(e.get('perplexity'))}" if known else number(e.get("perplexity"))
-        out.append((
-            "Perplexity, base → compressed" if known else "Perplexity",
-            figure,
-            f"on {_show(e.get('dataset'))}, context {number(e.get('seqlen'), 9)}; calibrated on {_calibration_sentence(calibration)}",
-        ))  # fmt: skip
-    return out
+
+
+def _perplexity(e: dict[str, Any], calibration: dict[str, Any]) -> tuple[str, str, str]:
+    """The headline of one evaluation."""
+    label, figure = "Perplexity", number(e.get("perplexity"))
+    if e.get("base_perplexity") is not None:
+        label, figure = "Perplexity, base → compressed", f"{number(e['base_perplexity'])} → {figure}"
+    where = f"on {_show(e.get('dataset'))}, context {number(e.get('seqlen'), 9)}"
+    return label, figure, f"{where}; calibrated on {_calibration_sentence(calibration)}"
 
 
 def _evaluation_row(name: str, e: dict[str, Any]) -> dict[str, str]:
@@ -219,11 +225,12 @@ def _evaluation_row(name: str, e: dict[str, Any]) -> dict[str, str]:
         "Windows": number(e.get("windows"), 9),
         "Predictions": number(e.get("tokens"), 12),
         "Base": number(e.get("base_perplexity")),
-        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity)) + spread,
+        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity))
+        + spread,
         "Ratio": number(e.get("ratio")),
         "KL, nats": number(e.get("kl"), 3),
         "Top-1": DASH if top1 is None else f"{100 * top1:.1f} %",
-        "BOS": _show(e.get("bos")),
+        "BOS": _show(e.get("bos")).split(":")[0],
         "Note": _show(e.get("note")),
     }
 
@@ -234,7 +241,9 @@ def _settings(run: dict[str, Any], done: dict[str, Any], calibration: dict[str, 
     rows += [(k, _show(run[k])) for k in ("source", "fingerprint", "lplr") if k in run]
     if calibration:
         sha = calibration.get("sha256")
-        rows.append(("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else "")))
+        rows.append(
+            ("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else ""))
+        )
     if _finite(done.get("seconds")) is not None:
         rows.append(("time", f"{number(done['seconds'], 3)} s"))
     return rows
@@ -260,7 +269,9 @@ def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
     compressed = [r for r in records if r.stored == "compressed"]
     kinds = _kinds(compressed)
     limits = error_limits(compressed)
-    errors = [(k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())]
+    errors = [
+        (k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())
+    ]
     spectra = [(k, spectra_of_kind(rs, f"s{i}")) for i, (k, rs) in enumerate(_kinds(records).items())]
     mean = bits_per_weight(records)
     return {
@@ -287,7 +298,11 @@ def _error_summary(records: Sequence[LayerRecord]) -> str:
 
 def _bits_summary(records: Sequence[LayerRecord], mean: float) -> str:
     values = [r.bits_per_weight for r in records]
-    return f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones" if values else ""
+    return (
+        f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones"
+        if values
+        else ""
+    )
 
 
 def _numeric(read_value: Callable[[LayerRecord], float | None], digits: int = 4) -> Callable[[LayerRecord], Cell]:
@@ -304,7 +319,11 @@ def _shape(record: LayerRecord) -> Cell:
 
 
 def _factor_bits(record: LayerRecord) -> Cell:
-    parts = [f"{letter} {bits}" for letter, bits in (("L", record.l_bits), ("R", record.r_bits), ("Q", record.q_bits)) if bits]
+    parts = [
+        f"{letter}\u00a0{bits}"
+        for letter, bits in (("L", record.l_bits), ("R", record.r_bits), ("Q", record.q_bits))
+        if bits
+    ]
     return Cell(" ".join(parts) or DASH)
 
 
@@ -312,7 +331,12 @@ COLUMNS = (
     Column("Matrix", "name in the model", lambda r: Cell(r.name), numeric=False),
     Column("Block", "number of the block of the model", _numeric(lambda r: r.block)),
     Column("Shape", "outputs × inputs", _shape),
-    Column("Method", "how it was factorized", lambda r: Cell(r.method if r.stored == "compressed" else "dense"), numeric=False),
+    Column(
+        "Method",
+        "how it was factorized",
+        lambda r: Cell(r.method if r.stored == "compressed" else "dense"),
+        numeric=False,
+    ),
     Column("Rank", "columns of L", _numeric(lambda r: r.rank, 9)),
     Column("Codes", "bits of a code of each factor", _factor_bits, numeric=False),
     Column("Bits", "stored bits per weight", _numeric(lambda r: r.bits_per_weight)),
@@ -320,8 +344,12 @@ COLUMNS = (
     Column("Certificate", "upper bound of the error, relative", _numeric(lambda r: relative(r, "certificate"))),
     Column("Probes", "certificate from random probes, relative", _numeric(lambda r: relative(r, "probe_certificate"))),
     Column("Bound", "what the theorem promised beforehand, relative", _numeric(lambda r: relative(r, "bound"))),
-    Column("Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))),
-    Column("Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)),
+    Column(
+        "Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))
+    ),
+    Column(
+        "Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)
+    ),
     Column("Seconds", "time it took", _numeric(lambda r: r.seconds, 3)),
     Column("Note", "what the method has to say", lambda r: Cell(r.note or DASH), numeric=False),
 )

@@ -16,6 +16,7 @@ from lplr.records import LayerRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # stand-in colour in the drawing -> what the page uses
 _COLOURS = {
@@ -28,12 +29,13 @@ _COLOURS = {
 }
 _INK, _GRID, _ERROR, _CERTIFICATE, _BOUND, _OPTIMAL = _COLOURS
 
-# field of the record, colour, marker, line; drawn in this order, so the measured error lies on top
+# field of the record, colour, marker, line, width; drawn in this order: the measured error lies on top, and the
+# certificate, which may be next to it, is broad enough to be seen beneath
 _SERIES = (
-    ("bound", _BOUND, "v", ":"),
-    ("certificate", _CERTIFICATE, "^", "--"),
-    ("optimal", _OPTIMAL, "s", "-."),
-    ("error", _ERROR, "o", "-"),
+    ("bound", _BOUND, "v", ":", 1.2),
+    ("certificate", _CERTIFICATE, "", "-", 4.5),
+    ("optimal", _OPTIMAL, "s", "-.", 1.2),
+    ("error", _ERROR, "o", "-", 1.2),
 )
 _MARKED = 150  # above that many points a marker on each only blurs the line
 _CURVES = 12  # spectra in one panel
@@ -46,14 +48,15 @@ def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] |
     def draw(axes: Axes) -> None:
         x = range(1, len(records) + 1)
         marker_size = 3.5 if len(records) <= _MARKED else 0
-        for field, colour, marker, line in _SERIES:
+        for field, colour, marker, line, width in _SERIES:
             y = [relative(r, field) for r in records]
-            axes.plot(x, [math.nan if v is None or v <= 0 else v for v in y], line, color=colour, marker=marker,
-                      markersize=marker_size, linewidth=1.2)  # fmt: skip
+            drawn = [math.nan if v is None or v <= 0 else v for v in y]
+            axes.plot(x, drawn, line, color=colour, marker=marker, markersize=marker_size, linewidth=width)
         axes.set_yscale("log")
         if limits is not None:
             axes.set_ylim(*limits)
-        axes.set_xlabel("matrix of this kind, in model order")
+        _plain_ticks(axes.yaxis)
+        axes.set_xlabel("matrix, in model order")
         axes.set_ylabel("relative to ‖W‖")
         _whole_numbers(axes)
 
@@ -84,11 +87,8 @@ def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> st
         axes.axhline(mean, color=_INK, linewidth=1, linestyle="--")
         values = [r.bits_per_weight for r in records]
         if min(values) > 0 and max(values) > 4 * min(values):
-            from matplotlib.ticker import NullFormatter, ScalarFormatter
-
             axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _plain_ticks(axes.yaxis, base=2)
         else:
             axes.set_ylim(0, 1.15 * max([mean, *values]))
         axes.set_xlabel("matrix, in model order")
@@ -120,10 +120,24 @@ def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
                 axes.plot(*kept[-1], "o", color=_CERTIFICATE, markersize=3.5)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
         axes.set_xlabel("index i")
         axes.set_ylabel("σᵢ / σ₁")
 
     return _svg(draw, _PANEL, slug)
+
+
+def _plain_ticks(axis: Axis, base: int = 10) -> None:
+    """Plain numbers on a logarithmic axis: matplotlib's powers are markup that stays text here."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = sorted(axis.get_view_interval())
+    # within a decade or two the powers alone are too few
+    steps = (1.0, 2.0, 5.0) if base == 10 and low > 0 and high < 50 * low else (1.0,)
+    axis.set_major_locator(LogLocator(base=base, subs=steps, numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _whole_numbers(axes: Axes) -> None:
@@ -138,7 +152,7 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], slug: str) -> 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style: dict[str, Any] = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lplr",
         "font.size": 9,

@@ -72,11 +72,15 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     return digest.hexdigest()
 
 
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file in place of `path`; OutputError as for `write_shard`."""
+    with _replacing(path, len(content)) as file:
+        file.write(content)
+
+
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write a UTF-8 text in place of `path`; OutputError as for `write_shard`."""
-    data = text.encode()
-    with _replacing(path, len(data)) as file:
-        file.write(data)
+    """Write a UTF-8 text in place of `path`."""
+    write_atomic(path, text.encode())
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:

@@ -230,6 +230,11 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
+def read_entries(path: Path) -> dict[str, _Entry]:
+    """Name -> entry (dtype, shape, nbytes, read()) of one safetensors file; CheckpointError when it is damaged."""
+    return _read_header(path)[0]
+
+
 def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
     """The entries of a safetensors file and the byte where its data begin; every offset checked against the file."""
     size = path.stat().st_size

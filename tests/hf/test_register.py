@@ -11,19 +11,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "from lplr.hf.register import install; install()"
+LAZY = "\nimport sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+USED = "import transformers, transformers.quantizers.auto, transformers.modeling_utils"
 LOAD = """
 m = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)
 assert type(m.model.layers[0].mlp.up_proj).__name__ == "LowRankLinear", m
 """
 ORDERS = {
-    "lplr first": f"{INSTALL}\nimport sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules\nimport transformers" + LOAD,
+    "lplr first": INSTALL + LAZY + "\nimport transformers" + LOAD,
     "transformers first": f"import transformers\n{INSTALL}" + LOAD,
-    "transformers used first": f"import transformers, transformers.quantizers.auto, transformers.modeling_utils\n{INSTALL}" + LOAD,
+    "transformers used first": f"{USED}\n{INSTALL}" + LOAD,
+    "quantizer module first": "import lplr.hf.quantizer, transformers" + LOAD,
+    "loader first": "import lplr.hf.load, transformers" + LOAD,
     "name imported first": f"from transformers import AutoModelForCausalLM\nimport transformers\n{INSTALL}" + LOAD,
     "twice": f"{INSTALL}\n{INSTALL}\nimport transformers" + LOAD + INSTALL + LOAD,
-    "imported anew": f"{INSTALL}\nimport transformers, sys" + LOAD
-    + f"\nfor k in [k for k in sys.modules if k.startswith('lplr')]: del sys.modules[k]\n{INSTALL}" + LOAD,
-    "finder is gone": f"{INSTALL}\nimport transformers, sys" + LOAD
+    "imported anew": f"{INSTALL}\nimport transformers, sys"
+    + LOAD
+    + f"\nfor k in [k for k in sys.modules if k.startswith('lplr')]: del sys.modules[k]\n{INSTALL}"
+    + LOAD,
+    "finder is gone": f"{INSTALL}\nimport transformers, sys"
+    + LOAD
     + "assert not any(type(f).__name__ == '_Waiting' for f in sys.meta_path)",
 }
 

@@ -139,7 +139,7 @@ def test_tied_weights_stay_one(given: str) -> None:
 def test_materialise_refuses() -> None:
     model = skeleton(pico.config("llama"))
     state = pico.model("llama").state_dict()
-    with pytest.raises(CheckpointError, match="extra.weight has no place"):
+    with pytest.raises(CheckpointError, match=r"extra\.weight has no place"):
         materialise(model, {**state, "extra.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"model.norm.weight has shape \(3,\)"):
         materialise(model, {**state, "model.norm.weight": torch.zeros(3)})
@@ -180,7 +180,7 @@ def test_the_global_generator_is_not_touched() -> None:
 
 
 def test_load_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="config.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "never_heard_of"}')
     with pytest.raises(UnsupportedModel, match="does not know this architecture"):

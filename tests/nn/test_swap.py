@@ -42,7 +42,7 @@ def test_prefix_is_by_whole_components() -> None:
 def test_linears_of_llama() -> None:
     model = pico.model("llama")
     found = linears(model, ["lm_head"])
-    assert len(found) == 7 * pico.LAYERS and list(found)[0] == "model.layers.0.self_attn.q_proj"
+    assert len(found) == 7 * pico.LAYERS and next(iter(found)) == "model.layers.0.self_attn.q_proj"
     assert "lm_head" not in linears(model), "a head that shares the embedding's weight is not compressed"
     assert "lm_head" in linears(pico.model("qwen3"))
 
@@ -91,7 +91,8 @@ def test_a_shared_module_is_replaced_everywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "message"), [("b", (4, 3), "no such module"), ("r", (4, 3), "ReLU"), ("a", (3, 4), r"\(4, 3\) in the model")]
+    ("name", "shape", "message"),
+    [("b", (4, 3), "no such module"), ("r", (4, 3), "ReLU"), ("a", (3, 4), r"\(4, 3\) in the model")],
 )
 def test_swap_refuses(name: str, shape: tuple[int, int], message: str) -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 4), "r": nn.ReLU()})

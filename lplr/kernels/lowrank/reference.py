@@ -49,8 +49,8 @@ def lowrank_linear(
 ) -> Tensor:
     """y (..., n) of x (..., d); the names are those of `factor.Format.layout`.
 
-    l_codes: (n, packed r), r_codes: (r, packed d), q_codes: (n, packed d), uint8; a scale is a vector along its side, of
-    its full length or 1, and a missing one is one.  The result has x's dtype and any leading sizes, zero included.
+    l_codes: (n, packed r), r_codes: (r, packed d), q_codes: (n, packed d), uint8; a scale is a vector along its side,
+    of its full length or 1, and a missing one is one.  The result has x's dtype and any leading sizes, zero included.
     Raises ValueError when neither L and R nor Q is given, or when x does not fit the packed width.
     """
     inner = x.to(_COMPUTE.get(x.dtype, torch.float32))

@@ -1,0 +1,37 @@
+# Six verbs, no logic: each sets up what it needs in .venv and calls one tool.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+# the CPU build of torch; a machine with a GPU sets TORCH=torch
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-gpu bench lint report clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)  ## compress, evaluate, report and run SmolLM2-135M-Instruct
+	$(BIN)/lplr demo
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)  ## the tests that want a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: $(STAMP)  ## the benchmarks of eval/
+	$(BIN)/python eval/factor/published.py
+	$(BIN)/python eval/quality/methods.py
+
+lint: $(STAMP)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+report: $(STAMP)  ## the report page of the demo
+	$(BIN)/lplr report lplr-demo/4bpw

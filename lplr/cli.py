@@ -1,0 +1,298 @@
+"""The `lplr` command.  One function a command, no logic: arguments in, library calls, tables out.
+
+Exit status: 0 done, 2 a clear error on one line, 130 stopped by the user (nothing is lost: run the same command again).
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import lplr
+from lplr.errors import LplrError
+from lplr.recipe import Recipe, load_recipe, make_recipe
+
+app = typer.Typer(
+    name="lplr",
+    help="Make a language model small: about one bit a weight, with a proven error bound for every layer.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+
+Model = Annotated[str, typer.Argument(help="A folder, a GGUF file, or an id of the Hugging Face Hub.", show_default=False)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lplr compress` wrote.", show_default=False)]
+Against = Annotated[str | None, typer.Option(metavar="BASE", help="The base model: folder, GGUF file or Hub id.", show_default=False)]
+_SETTINGS, _RUN = "What to do (default: the recipe's, or lplr's)", "How to run"
+
+
+def _default(field: str) -> str:
+    value = Recipe.model_fields[field].default
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _setting(name: str, text: str, **more: Any) -> Any:
+    field = name.removeprefix("--").replace("-", "_")
+    return typer.Option(name, help=f"{text} [default: {_default(field)}]", rich_help_panel=_SETTINGS, show_default=False, **more)
+
+
+@app.command()
+def compress(
+    model: Annotated[str | None, typer.Argument(help="A folder, a GGUF file, or a Hub id.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Output folder [default: NAME-LPLR-BITSbpw].", rich_help_panel=_RUN, show_default=False),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", rich_help_panel=_RUN, show_default=False)] = None,
+    bits: Annotated[float | None, _setting("--bits", "Budget per compressed weight, all overheads counted.")] = None,
+    method: Annotated[str | None, _setting("--method", "auto, lplr, lplr_svd, direct_svd, caldera or naive.")] = None,
+    dataset: Annotated[
+        str | None, _setting("--dataset", "Calibration text: builtin, none, a .txt / .jsonl file, or a Hub dataset.")
+    ] = None,
+    nsamples: Annotated[int | None, _setting("--nsamples", "Calibration windows.")] = None,
+    seqlen: Annotated[int | None, _setting("--seqlen", "Tokens a calibration window.")] = None,
+    factor_bits: Annotated[int | None, _setting("--factor-bits", "Width of the entries of L and R; None: from the budget.")] = None,
+    rank: Annotated[int | None, _setting("--rank", "Rank of L R for every matrix; None: from the budget.")] = None,
+    sketch: Annotated[str | None, _setting("--sketch", "gaussian, srht or sparse.")] = None,
+    rounding: Annotated[str | None, _setting("--rounding", "nearest or stochastic.")] = None,
+    power_iterations: Annotated[int | None, _setting("--power-iterations", "Power iterations of the range finder.")] = None,
+    alternations: Annotated[int | None, _setting("--alternations", "Rounds in which L and R are solved for again.")] = None,
+    seed: Annotated[int | None, _setting("--seed", "Seed of every random choice.")] = None,
+    modules_to_not_convert: Annotated[
+        list[str] | None, _setting("--modules-to-not-convert", "Module to leave as it is (name, prefix or pattern; repeatable).")
+    ] = None,
+    revision: Annotated[str | None, _setting("--revision", "Branch, tag or commit on the Hub.")] = None,
+    device: Annotated[str | None, _setting("--device", "Where to compute: cpu or cuda.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, bits, memory, time and ranks; do nothing.", rich_help_panel=_RUN)] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that holds a run.", rich_help_panel=_RUN)] = False,
+) -> None:
+    """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
+    flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
+    with _errors():
+        settings = {**(load_recipe(recipe) if recipe else {}), **flags}
+        if "model" not in settings:
+            raise LplrError("no model given: name a folder, a GGUF file or a Hub id")
+        chosen = make_recipe(settings)
+        if dry_run:
+            _dry_run(chosen)
+            return
+        from lplr.stream.compress import compress as run
+
+        folder = output or Path(f"{Path(chosen.model).name.removesuffix('.gguf')}-LPLR-{chosen.bits:g}bpw")
+        with _progress("compress") as step:
+            rows = run(chosen, folder, resume=not no_resume, notify=_notice, progress=step)
+        _summary(folder, rows)
+
+
+def _dry_run(recipe: Recipe) -> None:
+    from lplr.stream.checkpoint import open_checkpoint, plan_layers
+    from lplr.stream.estimate import estimate
+
+    checkpoint = open_checkpoint(recipe.model, recipe.revision, _notice)
+    plans = plan_layers(checkpoint, recipe)
+    e = estimate(checkpoint, plans, recipe)
+    table = Table("matrix", "shape", "method", "rank", "bits L/R/Q", "bits per weight", title="Plan")
+    for p in plans:
+        f = p.format
+        shape = f"{p.shape[0]} x {p.shape[1]}"
+        if f is None:
+            table.add_row(escape(p.name), shape, "dense", "", "", f"{p.dense_bits / (p.shape[0] * p.shape[1]):g} ({p.reason})")
+        else:
+            table.add_row(
+                escape(p.name), shape, p.spec.method, str(f.rank), f"{f.l_bits}/{f.r_bits}/{f.q_bits}", f"{f.bits_per_weight:.4f}"
+            )
+    out.print(table)
+    facts = Table("whole model", "", title="Estimate (nothing was written)")
+    facts.add_row("compressed weights", f"{e.weights:,} of {e.parameters:,}")
+    facts.add_row("bits per weight, all-in", f"{e.bits_per_weight:.4f}")
+    facts.add_row("bits per parameter, whole model", f"{e.bits_per_parameter:.3f}")
+    facts.add_row("size", f"{_size(e.source_bytes)} -> {_size(e.output_bytes)}")
+    facts.add_row("peak memory, about", _size(e.memory_bytes))
+    facts.add_row("activations on disk", _size(e.disk_bytes))
+    facts.add_row("time on this machine, about", _duration(e.seconds))
+    out.print(facts)
+
+
+def _summary(folder: Path, rows: list[Any]) -> None:
+    """One table of the errors and bounds of every layer, and the totals."""
+    from lplr import records
+
+    table = Table("matrix", "rank", "bits per weight", "error", "certificate", "bound", "rank optimum", "output error", title="Relative errors")
+    for r in rows:
+        unit = r.norm or 1.0
+        cells = [r.error, r.certificate, r.bound, r.optimal]
+        table.add_row(
+            escape(r.name),
+            str(r.rank) if r.stored == "compressed" else "dense",
+            f"{r.bits_per_weight:.4f}",
+            *(f"{c / unit:.4f}" if c is not None else "-" for c in cells),
+            f"{r.weighted_error:.4f}" if r.weighted_error is not None else "-",
+        )
+    out.print(table)
+    done = records.read(folder / records.LEDGER)[-1]
+    out.print(
+        f"{escape(str(folder))}: {done['bits_per_weight']:.4f} bits per weight on {done['weights']:,} compressed weights, "
+        f"{done['bits_per_parameter']:.3f} bits per parameter of the whole model, {_size(done['bytes'])}",
+        soft_wrap=True,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or any model.", show_default=False)],
+    dataset: Annotated[str, typer.Option(help="Text: builtin:heldout, a .txt / .jsonl file, or a Hub dataset.")] = "builtin:heldout",
+    against: Against = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens a window [default: 2048, or the model's context].", show_default=False)] = None,
+    windows: Annotated[int | None, typer.Option(help="Use the first N windows only.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+) -> None:
+    """Perplexity, and against a base model KL divergence and top-1 agreement."""
+    with _errors():
+        from lplr.evaluate.perplexity import as_table
+        from lplr.evaluate.run import evaluate_folder
+
+        with _progress("eval") as step:
+            result = evaluate_folder(
+                folder, dataset, against, seqlen=seqlen, max_windows=windows, device=device, notify=_notice, progress=step
+            )
+        table = Table("measure", "value", title=escape(Path(folder).name))
+        for measure, value in as_table(result):
+            table.add_row(measure, escape(value))
+        out.print(table)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    bits: Annotated[float, typer.Option(help="Budget per weight.")] = 1.0,
+    method: Annotated[str, typer.Option(help="Method whose rank is shown.")] = "auto",
+) -> None:
+    """Each matrix's shape, stable rank, and the energy captured at the rank that a budget allows."""
+    with _errors():
+        from lplr.stream.checkpoint import open_checkpoint, plan_layers
+        from lplr.stream.inspect import inspect as look
+
+        checkpoint = open_checkpoint(model, None, _notice)
+        plans = plan_layers(checkpoint, make_recipe({"model": model, "bits": bits, "method": method}))
+        table = Table("matrix", "shape", "norm", "stable rank", f"rank at {bits:g} bits", "energy captured", title=escape(Path(model).name))
+        with _progress("inspect") as step:
+            for done, m in enumerate(look(checkpoint, plans)):
+                step(float(done), float(len(plans)), m.plan.name)
+                rank = str(m.plan.format.rank) if m.plan.format else "dense"
+                shape = f"{m.plan.shape[0]} x {m.plan.shape[1]}"
+                table.add_row(escape(m.plan.name), shape, f"{m.norm:.4g}", f"{m.stable_rank:.1f}", rank, f"{m.energy:.1%}")
+        out.print(table)
+
+
+@app.command()
+def verify(folder: Folder, against: Against = None) -> None:
+    """Check every file and tensor of a compressed folder; with --against, every layer's error against its certificate."""
+    with _errors():
+        from lplr.stream.verify import verify as check
+
+        with _progress("verify") as step:
+            v = check(folder, against, progress=step)
+        out.print(f"{escape(str(folder))}: {v.files} files, {v.tensors} tensors, {v.layers} layers, {v.bits_per_weight:.4f} bits per weight: intact", soft_wrap=True)
+        if v.worst is not None:
+            out.print(f"every certificate holds; the closest is {escape(v.worst_layer)}, error / certificate = {v.worst:.6f}", soft_wrap=True)
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Write one self-contained HTML page about a compressed folder."""
+    with _errors():
+        from lplr.report.page import write_report
+
+        out.print(f"wrote {escape(str(write_report(folder)))}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")] = Path("lplr-demo"),
+    bits: Annotated[float, typer.Option(help="Budget of the model to show; a 1-bit one is shown beside it.")] = 4.0,
+) -> None:
+    """Compress SmolLM2-135M-Instruct from the package index, evaluate it, write the report, and let it speak."""
+    with _errors():
+        from lplr.demo import demo as run
+
+        with _progress("demo") as step:
+            shown = run(output, bits, notify=_notice, progress=step)
+        table = Table("", *(column for column, _ in shown.columns), title="SmolLM2-135M-Instruct on held-out text")
+        for i, row in enumerate(shown.rows):
+            table.add_row(row, *(escape(cells[i]) for _, cells in shown.columns))
+        out.print(table)
+        for line in shown.lines:
+            out.print(escape(line), soft_wrap=True)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        out.print(f"lplr {lplr.__version__}")
+        raise typer.Exit
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Every error that the user can mend is one line on stderr and status 2."""
+    try:
+        yield
+    except LplrError as error:
+        err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room on the disk, then run the same command again" if full else "check the path and its permissions"
+        err.print(f"[bold red]error:[/] {escape(str(error))}: {remedy}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to go on")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Any]:
+    """A bar with elapsed and remaining time on stderr; yields step(done, total, text)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+
+        def step(done: float, total: float, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=escape(f"{what}: {text}"))
+
+        yield step
+
+
+def _notice(message: str) -> None:
+    err.print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

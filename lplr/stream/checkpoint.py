@@ -1,0 +1,115 @@
+"""An input checkpoint opened: its config, the model on meta, and its tensors under the model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lplr.errors import UnsupportedModel
+from lplr.factor import Format, layout, plan
+from lplr.hf.gguf import gguf_config
+from lplr.hf.hub import resolve
+from lplr.hf.load import is_gguf
+from lplr.hf.skeleton import blocks, load_config, skeleton
+from lplr.nn import defuse, linears, weight_of
+from lplr.nn.swap import is_conv1d
+from lplr.recipe import FactorSpec, Recipe
+from lplr.stream.source import ModuleView, TensorSource, open_source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+QUANTIZED_TO = torch.bfloat16  # what tensors that a GGUF file holds quantized are stored as when they stay dense
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `open_checkpoint` found.  prefix is the name of the list of blocks, such as `model.layers`."""
+
+    path: Path
+    source: TensorSource
+    view: ModuleView
+    config: PretrainedConfig
+    model: PreTrainedModel
+    defused: bool
+    prefix: str
+    stack: nn.ModuleList
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The type in which a tensor that stays dense is written: its own, or bfloat16 from a GGUF file."""
+        dtype = self.view.dtype(name)
+        return QUANTIZED_TO if is_gguf(self.path) and dtype == torch.float32 else dtype
+
+    def block_tensors(self, index: int) -> list[str]:
+        """Names of the tensors of one block."""
+        return [name for name in self.view.names() if name.startswith(f"{self.prefix}.{index}.")]
+
+    def other_tensors(self) -> list[str]:
+        """Names of the tensors outside of the blocks: embeddings, last norm, head."""
+        return [name for name in self.view.names() if not name.startswith(f"{self.prefix}.")]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will be done to one matrix; format None says that it stays dense, for the reason given."""
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    transposed: bool  # the checkpoint holds the weight as (in, out)
+    spec: FactorSpec
+    format: Format | None
+    dense_bits: int
+    reason: str = ""
+
+
+def open_checkpoint(
+    model: str, revision: str | None = None, notify: Callable[[str], None] | None = None
+) -> Checkpoint:
+    """Resolve a folder, GGUF file or Hub id, and open it without reading weights.
+
+    Raises the errors of `hf.hub.resolve`, `hf.skeleton` and `stream.source`; UnsupportedModel for a checkpoint that is
+    quantized already.
+    """
+    path = resolve(model, revision, notify) if notify else resolve(model, revision)
+    config = gguf_config(path) if is_gguf(path) else load_config(path)
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method and not is_gguf(path):
+        raise UnsupportedModel(f"{model} is quantized already ({method}): start from the full-precision checkpoint")
+    net = skeleton(config)
+    defused = bool(defuse(net))
+    prefix, stack = blocks(net)
+    source = open_source(path)
+    state = net.state_dict()
+    tied = {name for name in getattr(net, "all_tied_weights_keys", {}) or {} if name not in source.names()}
+    view = ModuleView(source, {name: tuple(t.shape) for name, t in state.items() if name not in tied})
+    return Checkpoint(path, source, view, config, net, defused, prefix, stack)
+
+
+def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
+    """The plan of every linear layer in the blocks, in the model's order, from shapes alone."""
+    out = []
+    for name, module in linears(checkpoint.model, recipe.modules_to_not_convert).items():
+        if not name.startswith(f"{checkpoint.prefix}."):
+            continue
+        n, d = weight_of(module).shape
+        block = int(name[len(checkpoint.prefix) + 1 :].split(".")[0])
+        dense_bits = 8 * n * d * checkpoint.stored_dtype(f"{name}.weight").itemsize
+        spec = plan((n, d), recipe.spec_for(name))
+        fmt: Format | None = layout((n, d), spec)
+        reason = ""
+        if not (fmt.rank or fmt.q_bits):
+            fmt, reason = None, f"not even rank 1 fits {spec.bits_per_weight} bits per weight"
+        elif fmt.stored_bits() >= dense_bits:
+            fmt, reason = None, f"the dense matrix takes {dense_bits / (n * d):g} bits per weight, fewer than compressed"
+        out.append(LayerPlan(name, block, (n, d), is_conv1d(module), spec, fmt, dense_bits, reason))
+    if not any(layer.format for layer in out):
+        raise UnsupportedModel(
+            f"no linear layer of {checkpoint.path.name} can be compressed at {recipe.bits:g} bits per weight: raise --bits"
+        )
+    return out

@@ -1,0 +1,302 @@
+"""lplr.report: one page, complete and escaped, from whatever stands in run.jsonl and eval-*.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lplr import records
+from lplr.errors import OutputError
+from lplr.records import LayerRecord
+from lplr.report import write_report
+from lplr.report.page import COLUMNS, number, size
+from lplr.report.plots import error_limits, errors_of_kind, relative
+
+VOID = {"meta", "input", "br", "link", "img"}
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "<b>bold</b> & 'quoted' {{ 7 * 7 }} {% raw %}",
+    r"model.$\frac{1$.q_proj",
+    "模型.层.0.注意力\x01",
+    "a" * 400,
+    "0.1.2",
+    "",
+]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, text, and whether every tag is closed in turn."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def record(name: str, block: int = 0, **changes: Any) -> LayerRecord:
+    fields: dict[str, Any] = {
+        "name": name, "block": block, "shape": (64, 48), "method": "lplr", "rank": 12, "l_bits": 2, "r_bits": 2,
+        "bits": 64 * 48 * 2, "norm": 10.0, "error": 3.0, "certificate": 3.1, "probe_certificate": 3.5,
+        "probe_failure": 1e-6, "bound": 25.0, "optimal": 1.0, "weighted_error": 0.2, "seconds": 0.5,
+        "spectrum": ((1, 5.0), (4, 2.0), (12, 1.0), (48, 0.1)),
+    }  # fmt: skip
+    return LayerRecord(**{**fields, **changes})
+
+
+def full_run() -> list[Any]:
+    """Three blocks of three kinds, one matrix left dense."""
+    layers = [record(f"model.layers.{b}.self_attn.{k}", b) for b in range(3) for k in ("q_proj", "k_proj")]
+    dense = {"stored": "dense", "bits": 64 * 48 * 16, "error": 0.0, "certificate": 0.0, "bound": None, "rank": 0}
+    run = {
+        "kind": "run", "model": "org/tiny", "source": {"sha256": "ab"}, "lplr": "0.1.0", "fingerprint": "f" * 64,
+        "recipe": {"bits": 2.0, "rules": [{"match": "*v_proj", "bits": 4}], "rank": None},
+        "calibration": {"name": "builtin (Python 3.12)", "sha256": "c" * 64, "rows": 128, "seqlen": 512},
+    }  # fmt: skip
+    done = {
+        "kind": "done", "weights": 18432, "bits_per_weight": 1.987, "bytes": 83_401_216, "parameters": 134_515_008,
+        "bits_per_parameter": 4.96, "seconds": 412.3,
+    }  # fmt: skip
+    return [run, *layers, record("model.layers.2.mlp.down_proj", 2, **dense, note="costs more than it saves"), done]
+
+
+EVALUATION = {
+    "dataset": "builtin:heldout", "seqlen": 2048, "windows": 8, "tokens": 16376, "perplexity": 31.4, "nll_se": 0.05,
+    "base_perplexity": 20.97, "ratio": 1.4974, "kl": 0.4123, "top1": 0.712, "bos": "none: because", "finite": True,
+}  # fmt: skip
+
+
+def page_of(folder: Path, entries: list[Any], **evaluations: Any) -> tuple[str, Page]:
+    records.append(folder / "run.jsonl", entries)
+    for name, evaluation in evaluations.items():
+        (folder / f"eval-{name}.json").write_text(json.dumps(evaluation))
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    html = path.read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_page_tells_the_numbers(tmp_path: Path) -> None:
+    _, page = page_of(tmp_path, full_run(), heldout=EVALUATION)
+    for expected in (
+        "org/tiny", "1.987", "4.960", "83.40 MB", "83,401,216 bytes", "134,515,008 parameters",
+        "18,432 compressed weights", "20.97 → 31.40", "on builtin:heldout, context 2,048; calibrated on builtin",
+        "calibrated on builtin (Python 3.12), 128 windows of 512 tokens",
+        "31.40 ± 1.6", "1.497", "0.412", "71.2 %", "6 of 6 within their certificate", "6 compressed, 1 stored as they",
+        "costs more than it saves", '[{"bits": 4, "match": "*v_proj"}]', "f" * 64, "Certificate", "Bound", "Optimum",
+    ):  # fmt: skip
+        assert expected in page.text, expected
+    assert "not finished" not in page.text
+
+
+def test_page_needs_nothing_else(tmp_path: Path) -> None:
+    html, page = page_of(tmp_path, full_run(), heldout=EVALUATION)
+    assert set(re.findall(r"https?://[^\"' ]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    loads = [(tag, a) for tag, a in page.tags for name in a if name in ("src", "srcset", "href", "data", "action")]
+    assert all((attrs.get("href") or "").startswith("#") for _, attrs in loads), loads
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert not {"img", "iframe", "link", "object", "embed"} & {tag for tag, _ in page.tags}
+
+
+def test_page_is_accessible(tmp_path: Path) -> None:
+    html, page = page_of(tmp_path, full_run(), heldout=EVALUATION)
+    assert page.all("html")[0]["lang"] == "en" and page.all("title") and page.all("main")
+    assert any(m.get("name") == "viewport" for m in page.all("meta"))
+    assert all(th.get("scope") in ("col", "row") for th in page.all("th"))
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    wanted = [a[key] for _, a in page.tags for key in ("aria-labelledby", "for") if key in a]
+    assert wanted and set(wanted) <= set(ids)
+    references = re.findall(r'(?:href="#|url\(#)([^")]+)', html)
+    assert references and set(references) <= set(ids)
+    pictures = [a for _, a in page.tags if a.get("role") == "img"]
+    assert len(pictures) == 2 + 1 + 3 and all(a.get("aria-label") for a in pictures)
+    labels = " ".join(str(a["aria-label"]) for a in pictures)
+    assert (
+        "2 matrices" not in labels and "3 matrices: error 0.300, certificate 0.310, bound 2.50, optimum 0.100" in labels
+    )
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1 and set(levels) == {1, 2}
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_have_contrast(tmp_path: Path) -> None:
+    """WCAG 2.2: 4.5 for text, 3 for the lines of a plot, in the light and in the dark page."""
+    html, _ = page_of(tmp_path, full_run())
+    light, dark = (
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
+        for block in re.findall(r":root \{(.*?)\}", html, re.DOTALL)
+    )
+    assert light.keys() == dark.keys()
+    text = [("ink", "page"), ("ink", "panel"), ("soft", "page"), ("soft", "panel"), ("warn", "warn-page")]
+    lines = [(name, "page") for name in ("error", "certificate", "bound", "optimal", "link")]
+    for theme in (light, dark):
+        for pairs, least in ((text, 4.5), (lines, 3.0)):
+            for front, back in pairs:
+                low, high = sorted((_luminance(theme[front]), _luminance(theme[back])))
+                assert (high + 0.05) / (low + 0.05) >= least, (front, back)
+
+
+def test_names_do_not_break_out(tmp_path: Path) -> None:
+    run = {"kind": "run", "model": HOSTILE[0], "recipe": {HOSTILE[1]: HOSTILE[2]}, "calibration": {"name": HOSTILE[0]}}
+    entries = [run, *(record(name, i, note=name, method=name, error=4.0) for i, name in enumerate(HOSTILE))]
+    evaluation = {
+        **EVALUATION,
+        "dataset": HOSTILE[0],
+        "note": HOSTILE[1],
+        "bos": HOSTILE[2],
+        "seqlen": HOSTILE[0],
+        "top1": "1",
+    }
+    html, page = page_of(tmp_path, entries, x=evaluation)
+    assert len(page.all("script")) == 1 and not page.all("img") and not page.all("b")
+    assert not [a for _, a in page.tags for name in a if name.startswith("on")]
+    assert "{{ 7 * 7 }}" in page.text  # shown, not evaluated
+    for name in HOSTILE[:3]:
+        assert name not in html
+        assert " ".join(name.split()) in page.text
+    assert "mathdefault" not in html
+    assert "Measured error above the certificate" in page.text
+
+
+def test_empty_and_unfinished_runs(tmp_path: Path) -> None:
+    _, page = page_of(tmp_path, [{"kind": "run"}])
+    assert "not finished" in page.text and "No matrix is compressed" in page.text and "Not evaluated yet" in page.text
+    records.append(tmp_path / "run.jsonl", [record("a.b"), {"kind": "block", "file": "x"}])
+    html = write_report(tmp_path).read_text()
+    assert "matrices so far 1:" in html and Page(html).all("figure")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stored": "dense", "bits": 64 * 48 * 32},
+        {"norm": 0.0, "error": 0.0, "certificate": 0.0, "optimal": 0.0, "bound": 0.0},
+        {"bits": 0},
+        {"spectrum": ((1, 0.0),)},
+        {"spectrum": ((1, 3.0),), "rank": 0},
+        {"error": 1e-30, "certificate": 1e30, "bound": None, "optimal": None, "probe_certificate": None},
+        {"spectrum": tuple((i, 1e-300 / i) for i in range(1, 49))},
+    ],
+)
+def test_odd_records_are_drawn(tmp_path: Path, changes: dict[str, Any]) -> None:
+    html, page = page_of(tmp_path, [record("a.b", **changes), record("a.c", shape=(1, 1), rank=1)])
+    assert len(re.findall("<tr>", html)) >= 3 and "nan" not in re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    assert page.all("svg")
+
+
+def test_many_kinds_and_many_layers(tmp_path: Path) -> None:
+    layers = [record(f"m.{i % 40}.kind{i % 17}.weight", i) for i in range(400)]
+    html, page = page_of(tmp_path, layers)
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", html)
+    assert captions.count("other") == 2 and len(captions) == 24
+    assert sum("data-value" in a for _, a in page.tags if _ == "td") == 400 * sum(c.numeric for c in COLUMNS)
+
+
+def test_page_is_the_same_again(tmp_path: Path) -> None:
+    first, _ = page_of(tmp_path, full_run(), heldout=EVALUATION)
+    assert write_report(tmp_path).read_text(encoding="utf-8") == first
+    assert sorted(os.listdir(tmp_path)) == ["eval-heldout.json", "report.html", "run.jsonl"]
+
+
+def test_evaluations_that_are_not_finite_or_alone(tmp_path: Path) -> None:
+    damaged = {"dataset": "wiki", "seqlen": 512, "perplexity": None, "finite": False}
+    alone = {"dataset": "other", "seqlen": 512, "perplexity": 12.5, "finite": True}
+    _, page = page_of(tmp_path, full_run(), a=alone, b=damaged)
+    assert "not finite" in page.text and "eval-b.json: a logit was NaN" in page.text and "12.50" in page.text
+    assert "Perplexity, base" not in page.text
+
+
+def test_errors_name_the_file_and_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"has no run.jsonl: name the folder"):
+        write_report(tmp_path)
+    with pytest.raises(OutputError, match=r"has no run.jsonl"):
+        write_report(tmp_path / "absent")
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"kind": "layer", "name": "x"}\n')
+    with pytest.raises(OutputError, match="layer record is damaged"):
+        write_report(tmp_path)
+    path.write_text('{"kind": "run"}\n{"ki\n{"kind": "done"}\n')
+    with pytest.raises(OutputError, match="line 2 is damaged"):
+        write_report(tmp_path)
+    path.write_text('{"kind": "run"}\n')
+    (tmp_path / "eval-x.json").write_text("[1]")
+    with pytest.raises(OutputError, match=r"eval-x.json is not the JSON of an evaluation"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    records.append(tmp_path / "run.jsonl", full_run())
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(OutputError, match="report.html cannot be written"):
+        write_report(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["report.html", "run.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (0.0, "0"), (1.5, "1.500"), (31.4, "31.40"), (1234.5678, "1,235"), (134515008, "134,515,008"),
+        (1e-7, "1.000e-07"), (-0.25, "-0.2500"),
+        (None, "–"), (math.nan, "–"), (math.inf, "–"), ("x", "–"), (True, "–"), (2e20, "2.000e+20"),
+    ],
+)  # fmt: skip
+def test_number(value: Any, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(12, "12 bytes"), (83_401_216, "83.40 MB"), (7.1e12, "7.100 TB"), (None, "–")]
+)
+def test_size(value: Any, text: str) -> None:
+    assert size(value) == text
+
+
+def test_plot_holds_a_point_a_matrix() -> None:
+    layers = [record(f"a.{i}.q", i) for i in range(5)]
+    svg = errors_of_kind(layers, error_limits(layers), "p")
+    assert svg.startswith("<svg") and svg.count("var(--error)") >= 1 and "#0101" not in svg
+    assert svg.count("<use ") >= 3 * 5  # error, bound and optimum carry a marker a matrix
+    assert relative(layers[0], "error") == 0.3 and relative(record("x", stored="dense"), "error") is None
+    assert error_limits([record("x", stored="dense")]) is None
