@@ -38,7 +38,9 @@ class QuantSpec(_Spec):
 class FactorSpec(_Spec):
     """How one matrix is factorized.  What is None is chosen from the shape and the budget by `factor.plan`.
 
-    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.  rounding is that of the
+    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.  The first
+    q_narrow columns of Q carry one bit less than q.bits.  rotation is the seed of the random rotation of the inputs in which a
+    backbone stands, 0 for none.  rounding is that of the
     factors whose QuantSpec is chosen by the plan (stochastic: with the range that never saturates).
     """
 
@@ -48,6 +50,8 @@ class FactorSpec(_Spec):
     l: QuantSpec | None = None  # noqa: E741  (the papers' letter)
     r: QuantSpec | None = None
     q: QuantSpec | None = None
+    q_narrow: int = Field(0, ge=0)
+    rotation: int | None = Field(None, ge=0, lt=1 << 63)
     rounding: Rounding = "nearest"
     sketch: Sketch = "gaussian"
     power_iterations: int = Field(0, ge=0, le=16)

@@ -23,13 +23,13 @@ from lplr.quant.qtensor import QTensor
 from lplr.quant.uniform import Axis, quantize
 from lplr.recipe import FactorSpec, QuantSpec
 
-_L_AXIS: dict[str, Axis] = {"tensor": "tensor", "row": "row", "rank": "column", "both": "both"}
-_R_AXIS: dict[str, Axis] = {"tensor": "tensor", "row": "column", "rank": "row", "both": "both"}
+L_AXIS: dict[str, Axis] = {"tensor": "tensor", "row": "row", "rank": "column", "both": "both"}
+R_AXIS: dict[str, Axis] = {"tensor": "tensor", "row": "column", "rank": "row", "both": "both"}
 
 
 def quantize_l(L: Tensor, spec: QuantSpec, generator: torch.Generator) -> tuple[QTensor, Tensor]:
     """L (n x r) on its grid, and the factor (r,) or (1,) along the rank that was left out of it for R to absorb."""
-    q = quantize(L, spec.bits, axis=_L_AXIS[spec.ranges], rounding=spec.rounding, clip=spec.clip, generator=generator)
+    q = quantize(L, spec.bits, axis=L_AXIS[spec.ranges], rounding=spec.rounding, clip=spec.clip, generator=generator)
     if spec.ranges == "tensor":
         assert q.row_scale is not None
         return replace(q, row_scale=None), q.row_scale.to(L.dtype)
@@ -39,7 +39,7 @@ def quantize_l(L: Tensor, spec: QuantSpec, generator: torch.Generator) -> tuple[
 
 def quantize_r(R: Tensor, spec: QuantSpec, generator: torch.Generator) -> QTensor:
     """R (r x d) on its grid."""
-    return quantize(R, spec.bits, axis=_R_AXIS[spec.ranges], rounding=spec.rounding, clip=spec.clip, generator=generator)
+    return quantize(R, spec.bits, axis=R_AXIS[spec.ranges], rounding=spec.rounding, clip=spec.clip, generator=generator)
 
 
 def project(A: Tensor, start: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
@@ -63,14 +63,8 @@ def project(A: Tensor, start: Tensor, spec: FactorSpec, C: Tensor | None, genera
         if error <= least:
             best, least = Factorization(l, r), error
         elif best is None:
-            best = Factorization(l, _zeroed(r))
+            best = Factorization(l, r.zeroed())
         if turn < spec.alternations:
             L_star = least_squares(R.T, in_metric.T).T
     assert best is not None
     return best
-
-
-def _zeroed(q: QTensor) -> QTensor:
-    """The same layout with every scale zero."""
-    row, col = (None if s is None else torch.zeros_like(s) for s in (q.row_scale, q.col_scale))
-    return replace(q, row_scale=row, col_scale=col)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from torch import Tensor
 from lplr.errors import CheckpointError, RecipeError, choose
 from lplr.factor.caldera import caldera
 from lplr.factor.factorization import Factorization
+from lplr.factor.ldlq import ldlq
 from lplr.factor.lplr import lplr
 from lplr.factor.naive import naive
 from lplr.factor.rank import plan
 from lplr.factor.svd import direct_svd, lplr_svd
+from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.quant.qtensor import QTensor, round_scale
 from lplr.recipe import FactorSpec
@@ -23,8 +26,9 @@ METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator]
     "lplr": lplr,
     "lplr_svd": lplr_svd,
     "direct_svd": direct_svd,
-    "naive": naive,
+    "ldlq": ldlq,
     "caldera": caldera,
+    "naive": naive,
 }
 
 
@@ -49,8 +53,15 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
     A = W if W.dtype == torch.float64 else W.float()
     largest = float(A.abs().max())
     unit = 2.0 ** torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() if largest else 1.0
-    C = None if H is None else cholesky_factor(damped(H.to(A.dtype)))
-    return _rescale(method(A / unit, spec, C, generator), unit)
+    A = A / unit
+    H = None if H is None else damped(H.to(A.dtype))
+    if spec.rotation:
+        signs = rotation_signs(spec.rotation, A.shape[1])
+        A = rotate(A, signs)
+        H = None if H is None else rotate(rotate(H, signs).T, signs)
+    C = None if H is None else cholesky_factor(H)
+    f = _rescale(method(A, spec, C, generator), unit)
+    return replace(f, rotation=spec.rotation or 0)
 
 
 def _rescale(f: Factorization, unit: float) -> Factorization:
@@ -60,8 +71,8 @@ def _rescale(f: Factorization, unit: float) -> Factorization:
         if q is None:
             return None
         if q.row_scale is not None:
-            return QTensor(q.codes, q.bits, q.shape, round_scale(q.row_scale.double() * unit), q.col_scale)
+            return replace(q, row_scale=round_scale(q.row_scale.double() * unit))
         assert q.col_scale is not None
-        return QTensor(q.codes, q.bits, q.shape, None, round_scale(q.col_scale.double() * unit))
+        return replace(q, col_scale=round_scale(q.col_scale.double() * unit))
 
     return Factorization(f.l, scaled(f.r), scaled(f.q))

@@ -6,8 +6,10 @@ from lplr.errors import RecipeError
 from lplr.factor.factorization import Format
 from lplr.recipe import FactorSpec, QuantSpec, quant_spec
 
-BACKBONE_FROM = 1.2  # bits per weight from which a backbone with factors beats factors alone (eval/quality/methods.py)
+BACKBONE_FROM = 0.75  # bits per weight from which a rotated backbone beats factors alone (eval/quality/methods.py)
+ROTATION = 1  # seed of the rotation of the inputs: one for all, so that layers with the same input can share it
 LOW_RANK = ("lplr", "lplr_svd", "direct_svd")
+BACKBONE = ("ldlq", "naive")
 
 
 def default_factor_bits(bits_per_weight: float) -> int:
@@ -28,11 +30,12 @@ def plan(shape: tuple[int, int], spec: FactorSpec) -> FactorSpec:
     if budget is None and spec.rank is None and spec.q is None:
         raise RecipeError("a factorization needs bits_per_weight or a rank: give one of them")
     if spec.method == "auto":
-        backbone = spec.q is not None or (spec.rank is None and budget is not None and budget >= BACKBONE_FROM)
-        spec = spec.model_copy(update={"method": "caldera" if backbone else "lplr"})
-    if spec.method in ("naive", "caldera") and spec.q is None:
-        spec = spec.model_copy(update={"q": _widest_backbone(shape, spec)})
-    if spec.method == "naive":
+        spec = spec.model_copy(update={"method": _best_method(spec)})
+    if spec.rotation is None:
+        spec = spec.model_copy(update={"rotation": ROTATION if spec.method in ("ldlq", "caldera") else 0})
+    if spec.q is None and spec.method in (*BACKBONE, "caldera"):
+        spec = _with_backbone(shape, spec)
+    if spec.method in BACKBONE:
         return spec.model_copy(update={"rank": 0})
     if spec.method in LOW_RANK:
         spec = spec.model_copy(update={"q": None})
@@ -52,12 +55,14 @@ def layout(shape: tuple[int, int], spec: FactorSpec) -> Format:
     scales = scale_lengths(shape, spec) if low_rank else ()
     if spec.q is not None:
         scales += (("q_row_scale", 1 if spec.q.ranges == "tensor" else n),)
+    backbone = (spec.q.bits, spec.q_narrow) if spec.q else (0, 0)
     return Format(
         shape,
         spec.rank if low_rank and spec.rank else 0,
         spec.l.bits if low_rank and spec.l else 0,
         spec.r.bits if low_rank and spec.r else 0,
-        spec.q.bits if spec.q else 0,
+        *backbone,
+        spec.rotation or 0,
         scales,
     )
 
@@ -93,12 +98,31 @@ def largest_rank(shape: tuple[int, int], spec: FactorSpec) -> int:
     return low
 
 
-def _widest_backbone(shape: tuple[int, int], spec: FactorSpec) -> QuantSpec | None:
-    """The widest grid for Q that keeps to the budget, with one range a row; None when not even 1 bit does."""
-    budget = (spec.bits_per_weight or 0.0) * shape[0] * shape[1]
-    fitting = [
-        q
-        for q in (QuantSpec(bits=bits, ranges="row") for bits in range(8, 0, -1))
-        if layout(shape, FactorSpec(rank=0, q=q)).stored_bits() <= budget
-    ]
-    return fitting[0] if fitting else None
+def _best_method(spec: FactorSpec) -> str:
+    """What measured best at a budget; a spec that asks for a rank gets factors, with the backbone that it asks for."""
+    if spec.rank is not None or spec.bits_per_weight is None:
+        return "caldera" if spec.q is not None else "lplr"
+    return "ldlq" if spec.bits_per_weight >= BACKBONE_FROM else "lplr"
+
+
+def _with_backbone(shape: tuple[int, int], spec: FactorSpec) -> FactorSpec:
+    """The widest Q that keeps to the budget, one range a row; `ldlq` fills the budget with columns of one bit more.
+
+    Unchanged when not even that fits.
+    """
+    n, d = shape
+    budget = (spec.bits_per_weight or 0.0) * n * d
+
+    def fits(bits: int, narrow: int) -> bool:
+        q = QuantSpec(bits=bits, ranges="row")
+        return layout(shape, FactorSpec(rank=0, q=q, q_narrow=narrow)).stored_bits() <= budget
+
+    for bits in range(8, 0, -1):
+        # the fewest narrow columns that fit: more of them take less
+        low, high = 0, d if spec.method == "ldlq" else 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(bits, middle) else (middle + 1, high)
+        if low < (d if spec.method == "ldlq" else 1):
+            return spec.model_copy(update={"q": QuantSpec(bits=bits, ranges="row"), "q_narrow": low})
+    return spec

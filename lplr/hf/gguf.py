@@ -1,39 +1,31 @@
 """GGUF files as a source of tensors: one tensor at a time, under its transformers name and in its transformers layout.
 
-The header is read here, with every length checked against the file.  Names and the undoing of llama.cpp's layout
+Names and the undoing of llama.cpp's layout
 (the q/k permutation of Llama, norms stored as w + 1, experts stored apart) are those of transformers itself:
 `modeling_gguf_pytorch_utils`, or `integrations.gguf` for the architectures that transformers moved there.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import struct
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lplr.errors import CheckpointError, UnsupportedModel
+from lplr.hf.gguf_header import Header, Stored, file_identity, read_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-MAGIC, VERSIONS = b"GGUF", (2, 3)
-MAX_DIMS = 4  # GGML_MAX_DIMS
 CHUNK_WEIGHTS = 1 << 22  # weights unpacked at once: 16 MiB of float32 beside the result
-PROBES, PROBE_BYTES = 64, 4096
-# value type of the metadata -> its struct format; 8 is a string, 9 an array
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
 # values of tokenizer.ggml.pre whose vocabularies were learned with every digit apart (llama.cpp splits on \p{N} first)
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 # widths of experts that transformers leaves at the default of the config class
@@ -43,171 +35,6 @@ _EXPERT_WIDTHS = {
 }
 
 Finish = Callable[[str, dict[str, Tensor]], Tensor]  # (transformers name, {GGUF name: values}) -> the tensor
-
-
-def file_identity(path: Path, header_bytes: int) -> dict[str, Any]:
-    """What tells this file from another without reading it whole, as JSON.
-
-    bytes: its size; header: SHA-256 of its first header_bytes (names, types, shapes); sample: SHA-256 of 64 windows
-    of 4 KiB spread evenly over the rest, so that other weights of the same layout (a fine-tuned sibling) are noticed.
-    """
-    size = path.stat().st_size
-    sample = hashlib.sha256()
-    with open(path, "rb") as file:
-        header = hashlib.sha256(file.read(header_bytes)).hexdigest()
-        last = max(size - PROBE_BYTES, header_bytes)
-        for k in range(PROBES):
-            file.seek(header_bytes + (last - header_bytes) * k // (PROBES - 1))
-            sample.update(file.read(PROBE_BYTES))
-    return {"bytes": size, "header": header, "sample": sample.hexdigest()}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of the file: its shape in torch order, its ggml type, and where its bytes lie."""
-
-    shape: tuple[int, ...]
-    type: Any  # gguf.GGMLQuantizationType
-    row_bytes: int
-    offset: int  # from the start of the file
-
-    @property
-    def rows(self) -> int:
-        """Product of all dimensions but the last."""
-        return prod(self.shape[:-1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self.rows * self.row_bytes
-
-
-@dataclass(frozen=True)
-class Header:
-    """The metadata scalars and strings of a GGUF file (arrays are skipped), and its tensors."""
-
-    metadata: dict[str, Any]
-    tensors: dict[str, Stored]
-    data_start: int
-
-    @property
-    def architecture(self) -> str:
-        """general.architecture."""
-        return self.metadata["general.architecture"]
-
-
-class _Cursor:
-    """Reads forward through the header; never past the end of the file."""
-
-    def __init__(self, file: BinaryIO, path: Path):
-        self.file, self.path, self.at = file, path, 0
-        self.size = os.fstat(file.fileno()).st_size
-
-    def damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: damaged GGUF header ({why}): download the file again")
-
-    def take(self, count: int) -> bytes:
-        if count > self.size - self.at:
-            raise CheckpointError(f"{self.path}: truncated, its header ends after {self.size} bytes: download it again")
-        self.at += count
-        return self.file.read(count)
-
-    def skip(self, count: int) -> None:
-        if count > self.size - self.at:
-            self.take(count)
-        self.at += count
-        self.file.seek(self.at)
-
-    def numbers(self, form: str) -> tuple[Any, ...]:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
-
-    def string(self) -> str:
-        (length,) = self.numbers("Q")
-        try:
-            return self.take(length).decode()
-        except UnicodeDecodeError:
-            raise self.damaged("a name is not UTF-8") from None
-
-    def value(self, kind: int) -> Any:
-        """One metadata value; None for an array, which is passed over."""
-        if kind in _SCALARS:
-            return self.numbers(_SCALARS[kind])[0]
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            raise self.damaged(f"unknown value type {kind}")
-        element, count = self.numbers("IQ")
-        if element in _SCALARS:
-            self.skip(count * struct.calcsize("<" + _SCALARS[element]))
-        elif element == _STRING:
-            for _ in range(count):
-                self.skip(self.numbers("Q")[0])
-        else:
-            raise self.damaged(f"array of type {element}")
-        return None
-
-
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise CheckpointError("reading a GGUF file needs the gguf package: pip install 'lplr[gguf]'") from None
-    return gguf
-
-
-def read_header(path: Path) -> Header:
-    """Read and check the header of a GGUF file; CheckpointError when it is damaged, truncated or split over files."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file: check the path of the GGUF file")
-    with open(path, "rb") as file:
-        cursor = _Cursor(file, path)
-        if file.read(4) != MAGIC:
-            raise CheckpointError(f"{path}: not a GGUF file (no GGUF magic): give a .gguf file or a safetensors folder")
-        cursor.at = 4
-        version, tensor_count, metadata_count = cursor.numbers("IQQ")
-        if version not in VERSIONS:
-            raise CheckpointError(f"{path}: GGUF version {version}, expected 2 or 3: convert it with a recent llama.cpp")
-        metadata: dict[str, Any] = {}
-        for _ in range(metadata_count):
-            key = cursor.string()
-            metadata[key] = cursor.value(*cursor.numbers("I"))
-        table: list[tuple[str, tuple[int, ...], int, int]] = []
-        for _ in range(tensor_count):
-            name = cursor.string()
-            (dims,) = cursor.numbers("I")
-            if dims > MAX_DIMS:
-                raise cursor.damaged(f"{name} has {dims} dimensions")
-            shape = cursor.numbers(f"{dims}Q")[::-1]  # ggml counts the fastest dimension first
-            table.append((name, shape, *cursor.numbers("IQ")))
-    if not isinstance(metadata.get("general.architecture"), str):
-        raise cursor.damaged("no general.architecture")
-    if (metadata.get("split.count") or 1) > 1:
-        raise CheckpointError(f"{path}: one part of a split GGUF: merge the parts with `llama-gguf-split --merge` first")
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0:
-        raise cursor.damaged(f"alignment {alignment}")
-    start = -(-cursor.at // alignment) * alignment
-    tensors = {name: _stored(cursor, name, shape, kind, start + offset) for name, shape, kind, offset in table}
-    return Header(metadata, tensors, start)
-
-
-def _stored(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Stored:
-    """Check one line of the tensor table against the file."""
-    constants = _gguf().constants
-    try:
-        ggml_type = constants.GGMLQuantizationType(kind)
-        block, block_bytes = constants.GGML_QUANT_SIZES[ggml_type]
-    except (ValueError, KeyError):
-        raise CheckpointError(f"{cursor.path}: {name} has the unknown type {kind}: pip install -U gguf") from None
-    if not shape or shape[-1] % block:
-        raise cursor.damaged(f"{name} has shape {shape}, blocks of {block}")
-    stored = Stored(shape, ggml_type, shape[-1] // block * block_bytes, offset)
-    if offset + stored.nbytes > cursor.size:
-        need = offset + stored.nbytes
-        raise CheckpointError(
-            f"{cursor.path}: truncated: {name} ends at byte {need}, the file has {cursor.size}: download it again"
-        )
-    return stored
 
 
 def gguf_config(path: str | Path) -> PretrainedConfig:
@@ -330,7 +157,8 @@ class GgufSource:
 
     def _values(self, stored: Stored) -> Tensor:
         """The float32 values of one stored tensor, unpacked a slab of rows at a time."""
-        dequantize = _gguf().quants.dequantize
+        from gguf.quants import dequantize
+
         out = torch.empty(stored.rows, stored.shape[-1])
         target = out.numpy()
         step = max(1, CHUNK_WEIGHTS // max(1, stored.shape[-1]))
@@ -391,20 +219,16 @@ class _Outline:
         return self.children
 
 
-def _mapping(
-    header: Header, config: PretrainedConfig, model: PreTrainedModel
-) -> tuple[dict[str, list[str]], Finish]:
+def _mapping(header: Header, config: PretrainedConfig, model: PreTrainedModel) -> tuple[dict[str, list[str]], Finish]:
     """Transformers name -> the GGUF tensors it is made of, and the function that makes it."""
-    from transformers.integrations.gguf import is_gguf_arch_supported
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
     if is_gguf_arch_supported(header.architecture):
         return _conversion_mapping(header, config)
     return _processor_mapping(header, config, model)
 
 
-def _processor_mapping(
-    header: Header, config: PretrainedConfig, model: PreTrainedModel
-) -> tuple[dict[str, list[str]], Finish]:
+def _processor_mapping(header: Header, config: PretrainedConfig, model: PreTrainedModel) -> tuple[dict[str, list[str]], Finish]:
     """By the tensor processors of `modeling_gguf_pytorch_utils`."""
     from transformers import modeling_gguf_pytorch_utils as tools
 
@@ -422,9 +246,7 @@ def _processor_mapping(
     def finish(name: str, values: dict[str, Tensor]) -> Tensor:
         parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}  # where a processor leaves a tensor made of several
         for key, value in values.items():
-            done = processor.process(
-                weights=value.numpy(), name=key, tensor_key_mapping=table, parsed_parameters=parsed
-            )
+            done = processor.process(weights=value.numpy(), name=key, tensor_key_mapping=table, parsed_parameters=parsed)
             if done.name is not None:
                 return torch.from_numpy(done.weights)
         return parsed["tensors"][name]
@@ -435,7 +257,7 @@ def _processor_mapping(
 def _conversion_mapping(header: Header, config: PretrainedConfig) -> tuple[dict[str, list[str]], Finish]:
     """By the weight conversions of `integrations.gguf`, the newer of transformers' two ways."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    from transformers.integrations.gguf import get_gguf_conversion_mapping
+    from transformers.integrations.gguf.utils import get_gguf_conversion_mapping
 
     transforms = get_gguf_conversion_mapping(header.architecture, config)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]

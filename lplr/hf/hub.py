@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from lplr.errors import CheckpointError, HubError
 
@@ -64,7 +65,8 @@ def resolve(model: str, revision: str | None = None, notify: Notify = _log) -> P
         raise CheckpointError(f"{model}: is a file: give the folder that holds it with its config.json, or a .gguf file")
     repo, _, file = model.partition(":")
     if not _REPO.fullmatch(repo) or (not file and local.suffix in (".gguf", ".safetensors")):
-        raise CheckpointError(f"{model or 'an empty name'}: no such file or folder: check the path, or give a Hub id such as owner/name")
+        shown = model or "an empty name"
+        raise CheckpointError(f"{shown}: no such file or folder: check the path, or give a Hub id such as owner/name")
     try:
         if not file:
             address, notice = choose_repo(repo, lambda name: list_files(name, revision))
@@ -171,8 +173,9 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
 
     what = repo if kind == "model" else f"the {kind} {repo}"
     page = f"{constants.ENDPOINT}/{repo if kind == 'model' else f'{kind}s/{repo}'}"
-    transport = errors.HfHubHTTPError.__bases__[0]  # the HTTP library's own root: it differs between versions
-    unresolved = getattr(errors, "RevisionResolutionError", errors.OfflineModeIsEnabled)  # since huggingface_hub 2.4
+    # the HTTP library's own root differs between versions of huggingface_hub, and the last one came with 2.4
+    offline: tuple[Any, ...] = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
+    offline += (errors.HfHubHTTPError.__bases__[0], getattr(errors, "RevisionResolutionError", TimeoutError))
     log_in = "run `hf auth login` (or set HF_TOKEN to a read token)"
     try:
         yield
@@ -193,7 +196,7 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
         raise HubError(f"{what} is not a Hub id: give owner/name, or the path of a folder") from error
     except errors.HfHubHTTPError as error:
         raise _status_error(what, page, log_in, error.response.status_code, bool(get_token())) from error
-    except (errors.LocalEntryNotFoundError, unresolved, transport, ConnectionError, TimeoutError) as error:
+    except offline as error:
         raise Unreachable(
             f"cannot reach the Hub for {what}: check the connection (and that HF_HUB_OFFLINE is not set), "
             "or give a folder on this machine"
@@ -211,7 +214,7 @@ def _status_error(what: str, page: str, log_in: str, status: int, token: bool) -
     if status == 401:
         return HubError(f"the Hub refused the token sent for {what} (invalid or expired): {log_in} and run again")
     if status == 403:
-        return HubError(f"the Hub lets this token not read {what}: give it access to gated repositories, see {page}")
+        return HubError(f"the Hub forbids reading {what}: use a token with read access to gated repositories, see {page}")
     if status == 429:
         return HubError(f"the Hub limits the rate of requests (429) for {what}: wait some minutes, or {log_in}")
     return HubError(f"the Hub answered {status} for {what}: try again later, or give a folder on this machine")

@@ -2,6 +2,9 @@
 
     X_ij = row_scale_i * (2 c_ij - (2^B - 1)) * col_scale_j,      c_ij in {0, .., 2^B - 1}
 
+The first `narrow` columns may carry one bit less, with the step lengthened by NARROW_RATIO: any fractional number of bits
+a column on average, from one scale a row.  A column of no bits is zero.
+
 Levels are the odd integers -(2^B - 1), .., 2^B - 1, exact in every float type.  Scales are stored as
 bfloat16 and the codes are chosen for the *stored* scale, so its 8 significant bits cost no accuracy, and reading
 them as float32 (or as float16, within its range) gives the same number: a cast never changes a weight.
@@ -9,11 +12,12 @@ them as float32 (or as float16, within its range) gives the same number: a cast 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lplr.kernels.lowrank import NARROW_RATIO
 from lplr.kernels.pack import pack, unpack
 
 SCALE_DTYPE = torch.bfloat16
@@ -40,8 +44,8 @@ def round_scale(scale: Tensor, *, up: bool = False) -> Tensor:
 class QTensor:
     """A quantized matrix of `shape` (n, d).
 
-    codes: packed uint8, (n, ceil(d * bits / 8)); row_scale: (n,) or (1,) or None;
-    col_scale: (d,) or (1,) or None.  A missing scale is one.
+    codes: packed uint8 (n, ceil((d - narrow) * bits / 8)); narrow_codes: (n, ceil(narrow * (bits - 1) / 8)), None where that
+    is nothing; row_scale: (n,) or (1,) or None; col_scale: (d,) or (1,) or None.  A missing scale is one.
     """
 
     codes: Tensor
@@ -49,18 +53,28 @@ class QTensor:
     shape: tuple[int, int]
     row_scale: Tensor | None = None
     col_scale: Tensor | None = None
+    narrow_codes: Tensor | None = None
+    narrow: int = 0
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, bits: int, row_scale: Tensor | None = None, col_scale: Tensor | None = None
+        cls, codes: Tensor, bits: int, row_scale: Tensor | None = None, col_scale: Tensor | None = None, *, narrow: int = 0
     ) -> QTensor:
-        """Pack unpacked codes (n, d)."""
-        return cls(pack(codes, bits), bits, (codes.shape[0], codes.shape[1]), row_scale, col_scale)
+        """Pack unpacked codes (n, d), the first `narrow` columns with one bit less."""
+        n, d = codes.shape
+        fewer = pack(codes[:, :narrow], bits - 1) if narrow and bits > 1 else None
+        return cls(pack(codes[:, narrow:], bits), bits, (n, d), row_scale, col_scale, fewer, narrow)
 
     def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The odd integer levels (n, d), without scales."""
-        codes = unpack(self.codes, self.bits, self.shape[1]).to(dtype)
-        return codes.mul_(2).sub_((1 << self.bits) - 1)
+        """The odd integer levels (n, d), in the first `narrow` columns times NARROW_RATIO; without scales."""
+        d = self.shape[1]
+        if not self.narrow:
+            return _odd(self.codes, self.bits, d, dtype)
+        out = torch.zeros(self.shape, dtype=dtype, device=self.codes.device)
+        out[:, self.narrow :] = _odd(self.codes, self.bits, d - self.narrow, dtype)
+        if self.narrow_codes is not None:
+            out[:, : self.narrow] = _odd(self.narrow_codes, self.bits - 1, self.narrow, dtype) * NARROW_RATIO[self.bits]
+        return out
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (n, d) itself."""
@@ -71,7 +85,17 @@ class QTensor:
             x *= self.col_scale.to(dtype)
         return x
 
+    def zeroed(self) -> QTensor:
+        """The same layout with every scale, and so every entry, zero."""
+        row, col = (None if s is None else torch.zeros_like(s) for s in (self.row_scale, self.col_scale))
+        return replace(self, row_scale=row, col_scale=col)
+
     def stored_bits(self) -> int:
         """Every stored bit: codes with their row padding, and scales."""
-        scales = [s.numel() for s in (self.row_scale, self.col_scale) if s is not None]
-        return 8 * self.codes.numel() + SCALE_BITS * sum(scales)
+        scales = sum(s.numel() for s in (self.row_scale, self.col_scale) if s is not None)
+        codes = self.codes.numel() + (0 if self.narrow_codes is None else self.narrow_codes.numel())
+        return 8 * codes + SCALE_BITS * scales
+
+
+def _odd(codes: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return unpack(codes, bits, columns).to(dtype).mul_(2).sub_((1 << bits) - 1)

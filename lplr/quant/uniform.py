@@ -21,7 +21,7 @@ from lplr.quant.qtensor import QTensor, round_scale
 Axis = Literal["tensor", "row", "column", "both"]
 
 # half the optimal step of a 2^B-point uniform quantizer for N(0, 1) (Max 1960, table II; 7 and 8 bits computed alike)
-_NORMAL_SCALE = {1: 0.7979, 2: 0.4978, 3: 0.2930, 4: 0.1676, 5: 0.0941, 6: 0.0520, 7: 0.0285, 8: 0.0154}
+NORMAL_SCALE = {1: 0.7979, 2: 0.4978, 3: 0.2930, 4: 0.1676, 5: 0.0941, 6: 0.0520, 7: 0.0285, 8: 0.0154}
 
 
 def quantize(
@@ -56,7 +56,8 @@ def scales(x: Tensor, bits: int, *, axis: Axis, clip: Literal["max", "mse"]) -> 
 
 
 def _rms(x: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=dim) * x.shape[dim] ** -0.5
+    # in float64: squares of float32 entries below 1e-22 or above 1e19 leave the range of float32
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64) * x.shape[dim] ** -0.5
 
 
 def _least_error_scale(rows: Tensor, bits: int, rounds: int = 2) -> Tensor:
@@ -64,7 +65,7 @@ def _least_error_scale(rows: Tensor, bits: int, rounds: int = 2) -> Tensor:
 
     For fixed levels v the best scale is <x, v> / <v, v>; for a fixed scale the best levels are the nearest.
     """
-    scale = _rms(rows, 1) * _NORMAL_SCALE[bits]
+    scale = _rms(rows, 1) * NORMAL_SCALE[bits]
     for _ in range(rounds if bits > 1 else 0):
         levels = _levels(round_to_grid(rows, bits, scale, None, None), bits, rows.dtype)
         inner = torch.linalg.vecdot(rows, levels)

@@ -1,10 +1,11 @@
-"""Calibration block by block: the true inputs of each block, and H = E[x x^T] of each distinct input of its layers.
+"""Calibration block by block: the text, the true inputs of each block, and H = E[x x^T] of each distinct input of its layers.
 
 The hidden states of all calibration rows are kept between blocks, on disk when they exceed ACTIVATION_LIMIT bytes.
 """
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,33 +14,81 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lplr.hf.skeleton import run_block
+from lplr.errors import DatasetError, LplrError
+from lplr.hf.gguf import gguf_tokenizer
+from lplr.hf.load import is_gguf, load_tokenizer
+from lplr.hf.skeleton import capture_block_inputs, materialise, release, run_block
+from lplr.hf.text import calibration_tokens, read_text
 from lplr.linalg.hessian import Hessian
+from lplr.recipe import Recipe
+from lplr.stream.checkpoint import Checkpoint
+from lplr.stream.shards import write_error
+from lplr.stream.source import check_finite
 
 ACTIVATION_LIMIT = 256 << 20
 TOKENS_AT_ONCE = 4096
 
 
+def calibration_windows(
+    recipe: Recipe, checkpoint: Checkpoint, generator: torch.Generator, notify: Callable[[str], None]
+) -> tuple[Tensor | None, dict[str, Any] | None]:
+    """Calibration windows (rows, seqlen) and what they are, or None twice with `dataset: none`.
+
+    Raises DatasetError for a text that cannot be used with this model, CheckpointError for a model without tokenizer.
+    """
+    if recipe.dataset == "none":
+        return None, None
+    text = read_text(recipe.dataset)
+    config = checkpoint.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or recipe.seqlen
+    seqlen = min(recipe.seqlen, context)
+    tokens = calibration_tokens(_tokenizer(checkpoint.path), text, recipe.nsamples, seqlen, generator)
+    if seqlen < recipe.seqlen:
+        notify(f"the model's context is {context} tokens: calibrating on windows of {seqlen}, not {recipe.seqlen}")
+    if len(tokens) < recipe.nsamples:
+        notify(f"{text.name} holds {len(tokens)} windows of {seqlen} tokens, not {recipe.nsamples}: calibrating on these")
+    if int(tokens.max()) >= config.vocab_size:
+        raise DatasetError(
+            f"the tokenizer of {checkpoint.path.name} gives token {int(tokens.max())}, the model has "
+            f"{config.vocab_size}: they do not belong together; mend the folder or use --dataset none"
+        )
+    return tokens, {"name": text.name, "sha256": text.sha256, "rows": len(tokens), "seqlen": seqlen}
+
+
+def _tokenizer(path: Path) -> Any:
+    if is_gguf(path):
+        return gguf_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except LplrError as error:
+        raise type(error)(f"{error}; calibration needs a tokenizer: add its files, or use --dataset none") from None
+
+
 class Activations:
-    """Hidden states (rows, seqlen, d), float32, read and written a few rows at a time; in a file when large."""
+    """Hidden states (rows, seqlen, d), float32, read and written a few rows at a time; in a file when large.
+
+    Raises OutputError when the disk is full.
+    """
 
     def __init__(self, rows: int, seqlen: int, d: int, folder: Path | None = None) -> None:
         self.shape = (rows, seqlen, d)
         self._row_bytes = 4 * seqlen * d
+        self._folder = folder or Path(tempfile.gettempdir())
         self._memory: Tensor | None = None
         self._file: Any = None
         if rows * self._row_bytes <= ACTIVATION_LIMIT:
             self._memory = torch.empty(self.shape)
         else:
-            self._file = tempfile.TemporaryFile(dir=folder, prefix=".activations-")  # noqa: SIM115  (closed by `close`)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (closed by `close`)
 
     def get(self, rows: slice) -> Tensor:
         """A copy of some rows."""
         if self._memory is not None:
             return self._memory[rows].clone()
+        out = torch.empty(rows.stop - rows.start, *self.shape[1:])
         self._file.seek(rows.start * self._row_bytes)
-        raw = bytearray(self._file.read((rows.stop - rows.start) * self._row_bytes))
-        return torch.frombuffer(raw, dtype=torch.float32).view(-1, *self.shape[1:])
+        self._transfer(out, self._file.readinto)
+        return out
 
     def set(self, rows: slice, value: Tensor) -> None:
         """Replace some rows."""
@@ -47,7 +96,19 @@ class Activations:
             self._memory[rows] = value
         else:
             self._file.seek(rows.start * self._row_bytes)
-            self._file.write(value.contiguous().cpu().numpy().data)
+            self._transfer(value.float().cpu().contiguous(), self._file.write)
+
+    def _transfer(self, tensor: Tensor, move: Callable[[memoryview], int]) -> None:
+        """Read or write all bytes of a tensor; one call moves 2 GiB at most."""
+        view, done = tensor.reshape(-1).view(torch.uint8).numpy().data, 0
+        try:
+            while done < len(view):
+                count = move(view[done:])
+                if not count:
+                    raise OSError(errno.EIO, "the file of activations is cut short")
+                done += count
+        except OSError as error:
+            raise write_error(self._folder / "activations", tensor.nbytes, error) from error
 
     def batches(self) -> Iterator[slice]:
         """Slices of equal size that cover all rows: the masks and positions of one batch then serve every other."""
@@ -124,3 +185,36 @@ def advance(block: nn.Module, activations: Activations, kwargs: Mapping[str, Any
     """Replace the inputs of a block by its outputs."""
     for rows in activations.batches():
         activations.set(rows, run_block(block, activations.get(rows).to(device), kwargs))
+
+
+def embed(
+    checkpoint: Checkpoint, tokens: Tensor, folder: Path, device: torch.device
+) -> tuple[Activations, list[dict[str, Any]]]:
+    """The inputs of the first block for all rows of `tokens`, and the other arguments of every block.
+
+    What stands before the blocks is materialised for it and sent back to meta; a file of activations lies in `folder`.
+    """
+    ck = checkpoint
+    head = ck.model.get_output_embeddings()
+    names = {id(module): name for name, module in ck.model.named_modules()}
+    skip = [ck.prefix] + ([names[id(head)]] if head is not None else [])
+    outside = [name for name in ck.other_tensors() if not any(name.startswith(f"{s}.") for s in skip)]
+    materialise(ck.model, {name: computable(ck, name, device) for name in outside}, skip=skip)
+    size = batch_rows(*tokens.shape)
+    activations, kwargs = None, []
+    for start in range(0, len(tokens), size):
+        hidden, kwargs = capture_block_inputs(ck.model, tokens[start : start + size].to(device))
+        if activations is None:
+            activations = Activations(*tokens.shape, hidden.shape[-1], folder=folder)
+        activations.set(slice(start, start + size), hidden)
+    assert activations is not None
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in outside):
+        release(ck.model.get_submodule(name))
+    return activations, kwargs
+
+
+def computable(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:
+    """A tensor of the checkpoint in float32 on the device, checked; integers keep their type."""
+    tensor = checkpoint.view.get(name)
+    check_finite(name, tensor)
+    return tensor.float().to(device) if tensor.is_floating_point() else tensor.to(device)

@@ -1,17 +1,19 @@
-"""An input checkpoint opened: its config, the model on meta, and its tensors under the model's names."""
+"""An input checkpoint opened: its config, the model on meta, its tensors under the model's names, and the plan of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lplr.errors import UnsupportedModel
-from lplr.factor import Format, layout, plan
+from lplr.errors import UnsupportedModel, choose
+from lplr.factor import METHODS, Format, layout, plan
 from lplr.hf.gguf import gguf_config
 from lplr.hf.hub import resolve
 from lplr.hf.load import is_gguf
@@ -19,7 +21,8 @@ from lplr.hf.skeleton import blocks, load_config, skeleton
 from lplr.nn import defuse, linears, weight_of
 from lplr.nn.swap import is_conv1d
 from lplr.recipe import FactorSpec, Recipe
-from lplr.stream.source import ModuleView, TensorSource, open_source
+from lplr.stream.shards import Layout
+from lplr.stream.source import ModuleView, TensorSource, check_finite, open_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,6 +48,16 @@ class Checkpoint:
         dtype = self.view.dtype(name)
         return QUANTIZED_TO if is_gguf(self.path) and dtype == torch.float32 else dtype
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor that stays dense as it will be written; CheckpointError when it holds NaN or Inf."""
+        tensor = self.view.get(name)
+        check_finite(name, tensor)
+        return tensor.to(self.stored_dtype(name))
+
+    def count(self, name: str) -> int:
+        """Number of entries of a tensor."""
+        return prod(self.view.shape(name))
+
     def block_tensors(self, index: int) -> list[str]:
         """Names of the tensors of one block."""
         return [name for name in self.view.names() if name.startswith(f"{self.prefix}.{index}.")]
@@ -52,6 +65,28 @@ class Checkpoint:
     def other_tensors(self) -> list[str]:
         """Names of the tensors outside of the blocks: embeddings, last norm, head."""
         return [name for name in self.view.names() if not name.startswith(f"{self.prefix}.")]
+
+
+class Stored(Mapping[str, Tensor]):
+    """Dense tensors as they will be stored, read when asked for, so that one is in memory at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        self._checkpoint, self._names = checkpoint, names
+
+    @property
+    def layout(self) -> Layout:
+        """Name -> (shape, type), without reading a tensor."""
+        ck = self._checkpoint
+        return {name: (ck.view.shape(name), ck.stored_dtype(name)) for name in self._names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint.stored(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -76,7 +111,7 @@ def open_checkpoint(
     Raises the errors of `hf.hub.resolve`, `hf.skeleton` and `stream.source`; UnsupportedModel for a checkpoint that is
     quantized already.
     """
-    path = resolve(model, revision, notify) if notify else resolve(model, revision)
+    path = _gguf_inside(resolve(model, revision, notify) if notify else resolve(model, revision))
     config = gguf_config(path) if is_gguf(path) else load_config(path)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method and not is_gguf(path):
@@ -91,8 +126,20 @@ def open_checkpoint(
     return Checkpoint(path, source, view, config, net, defused, prefix, stack)
 
 
+def _gguf_inside(path: Path) -> Path:
+    """The GGUF file of a folder that holds one and no config.json, else the path as it is."""
+    found = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    return found[0] if len(found) == 1 else path
+
+
 def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
-    """The plan of every linear layer in the blocks, in the model's order, from shapes alone."""
+    """The plan of every linear layer in the blocks, in the model's order, from shapes alone.
+
+    Raises RecipeError for an unknown method, UnsupportedModel when nothing can be compressed.
+    """
+    for method in (recipe.method, *(rule.method for rule in recipe.rules if rule.method)):
+        if method != "auto":
+            choose(METHODS, method, "method")
     out = []
     for name, module in linears(checkpoint.model, recipe.modules_to_not_convert).items():
         if not name.startswith(f"{checkpoint.prefix}."):
@@ -113,3 +160,8 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
             f"no linear layer of {checkpoint.path.name} can be compressed at {recipe.bits:g} bits per weight: raise --bits"
         )
     return out
+
+
+def unmatched_rules(recipe: Recipe, plans: list[LayerPlan]) -> list[str]:
+    """Patterns of the recipe's rules that fit no planned matrix: most likely slips of the pen."""
+    return [rule.match for rule in recipe.rules if not any(fnmatchcase(p.name, rule.match) for p in plans)]

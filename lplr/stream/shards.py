@@ -1,7 +1,7 @@
 """Files that appear whole or not at all: safetensors shards, the index, texts; and their checksums.
 
 Every file is written beside its place under a hidden name, flushed to the disk, and moved into place by
-`os.replace`; a process killed at any moment leaves the old file, the new one, or none.
+a rename; a process killed at any moment leaves the old file, the new one, or none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,35 +42,49 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, type)
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_shard(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    layout: Layout | None = None,
+) -> str:
     """Write a safetensors file, one tensor in memory at a time, and return its SHA-256.
 
     The same tensors and metadata give the same bytes: tensors stand by item size (so that each is aligned) and
-    name.  Raises OutputError when the disk is full or the folder cannot be written.
+    name.  layout tells shape and type of each, so that tensors that are made when asked for are asked for once.
+    Raises OutputError when the disk is full or the folder cannot be written.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with _replacing(path, 8 + len(text) + end) as file:
-        for piece in (len(text).to_bytes(8, "little"), text):
-            digest.update(piece)
-            file.write(piece)
+    layout = layout or {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    order, header, size = shard_header(layout, metadata)
+    digest = hashlib.sha256(header)
+    with _replacing(path, size) as file:
+        file.write(header)
         for name in order:
             for piece in _pieces(tensors[name]):
                 digest.update(piece)
                 file.write(piece)
     return digest.hexdigest()
+
+
+def shard_header(layout: Layout, metadata: Mapping[str, str] | None = None) -> tuple[list[str], bytes, int]:
+    """The order of the tensors, the first bytes of their safetensors file, and the size of the whole file."""
+    order = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
+    end = 0
+    for name in order:
+        shape, dtype = layout[name]
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return order, len(text).to_bytes(8, "little") + text, 8 + len(text) + end
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -113,16 +128,16 @@ def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-        _fsync_folder(path.parent)
+        partial.replace(path)
+        fsync_folder(path.parent)
     except OSError as error:
-        raise OutputError(_why(path, size, error)) from error
+        raise write_error(path, size, error) from error
     finally:
         with suppress(OSError):  # gone when all went well; a folder that cannot be written holds none
             partial.unlink(missing_ok=True)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """Make the renaming itself durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -131,16 +146,16 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _why(path: Path, size: int, error: OSError) -> str:
-    """One line: what could not be written, the space there is, what to do."""
+def write_error(path: Path, size: int, error: OSError) -> OutputError:
+    """What could not be written, the space there is, what to do; on one line."""
     if error.errno in _FULL:
         free = shutil.disk_usage(path.parent).free
-        return (
+        return OutputError(
             f"cannot write {path} ({size:,} bytes): the disk or the quota is full, {free:,} bytes are free: "
             "make room, then run the same command again to go on"
         )
     if error.errno in _DENIED:
-        return f"cannot write {path}: {error.strerror}: give an output folder that you may write to"
+        return OutputError(f"cannot write {path}: {error.strerror}: give an output folder that you may write to")
     if error.errno == errno.ENOENT:
-        return f"cannot write {path}: the folder {path.parent} does not exist: create it or give another"
-    return f"cannot write {path}: {error.strerror or error}: give another output folder"
+        return OutputError(f"cannot write {path}: the folder {path.parent} does not exist: create it or give another")
+    return OutputError(f"cannot write {path}: {error.strerror or error}: give another output folder")

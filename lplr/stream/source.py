@@ -13,7 +13,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +21,15 @@ import torch
 from torch import Tensor
 
 from lplr.errors import CheckpointError
-from lplr.hf.gguf import GgufSource, file_identity
-from lplr.stream.shards import DTYPE_NAMES, INDEX
+from lplr.hf.gguf import GgufSource
+from lplr.hf.gguf_header import file_identity
+from lplr.stream.entries import Entry, read_entries, read_header
+from lplr.stream.shards import INDEX
+
+__all__ = ["ModuleView", "SafetensorsSource", "TensorSource", "check_finite", "open_source", "read_entries"]
 
 SINGLE = "model.safetensors"
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 CHECK_CHUNK = 1 << 22
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 # tensors of old checkpoints that modules compute for themselves: rotary tables, causal masks, position numbers
 _BUFFERS = re.compile(r"(^|\.)(inv_freq|(attn|attention)\.(masked_)?bias|masked_bias|position_ids)$")
@@ -101,40 +102,6 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where one tensor lies: file, type, shape, first byte."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        blob = torch.empty(self.nbytes, dtype=torch.uint8)
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset)
-            view, done = memoryview(blob.numpy()), 0
-            while done < self.nbytes:  # a raw read may stop short, at 2 GiB at the latest
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(f"{self.file}: shrank while it was read: download it again")
-                done += count
-        return blob.view(self.dtype).reshape(self.shape)
-
-    def entry(self, index: int) -> _Entry:
-        """Entry `index` along the first dimension."""
-        if not 0 <= index < self.shape[0]:
-            raise IndexError(f"no entry {index} in shape {self.shape}")
-        size = self.nbytes // self.shape[0]
-        return _Entry(self.file, self.dtype, self.shape[1:], self.offset + index * size)
-
-
 class SafetensorsSource:
     """A folder that holds model.safetensors, or model.safetensors.index.json and the shards it names.
 
@@ -154,9 +121,9 @@ class SafetensorsSource:
         else:
             raise _no_weights(self.folder)
         self._headers: dict[str, int] = {}
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file in files:
-            entries, self._headers[file] = _read_header(self.folder / file)
+            entries, self._headers[file] = read_header(self.folder / file)
             wanted = [name for name in entries if placed is None or placed.get(name) == file]
             self._entries.update({name: entries[name] for name in wanted})
         absent = sorted(set(placed or ()) - set(self._entries))
@@ -194,7 +161,7 @@ class SafetensorsSource:
         """File name -> `file_identity`."""
         return {file: file_identity(self.folder / file, end) for file, end in sorted(self._headers.items())}
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise CheckpointError(f"{self.folder}: holds no tensor {name}: is it a checkpoint of this model?")
         return self._entries[name]
@@ -228,43 +195,6 @@ def _read_index(path: Path) -> dict[str, str]:
         if not (path.parent / file).is_file():
             raise CheckpointError(f"{path.parent / file}: shard missing, {path.name} names it: download it again")
     return placed
-
-
-def read_entries(path: Path) -> dict[str, _Entry]:
-    """Name -> entry (dtype, shape, nbytes, read()) of one safetensors file; CheckpointError when it is damaged."""
-    return _read_header(path)[0]
-
-
-def _read_header(path: Path) -> tuple[dict[str, _Entry], int]:
-    """The entries of a safetensors file and the byte where its data begin; every offset checked against the file."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        first = file.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version ":
-            raise CheckpointError(f"{path}: a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
-        if size < 8 or size < 8 + length <= MAX_HEADER:
-            raise CheckpointError(f"{path}: truncated, {size} bytes do not hold its header: download it again")
-        raw = file.read(length) if length <= MAX_HEADER else b""
-    try:
-        table = json.loads(raw)
-        table.pop("__metadata__", None)
-        rows = [(name, row["dtype"], tuple(row["shape"]), *row["data_offsets"]) for name, row in table.items()]
-        rows.sort(key=lambda row: (row[3], row[4]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{path}: damaged safetensors header: download it again") from None
-    start, at, entries = 8 + length, 0, {}
-    for name, kind, shape, begin, end in rows:
-        if kind not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} has type {kind}, which cannot be read: convert it to F32 or BF16")
-        whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-        if not whole or begin != at or end - begin != prod(shape) * _DTYPES[kind].itemsize:
-            raise CheckpointError(f"{path}: damaged safetensors header at {name}: download it again")
-        entries[name], at = _Entry(path, _DTYPES[kind], shape, start + begin), end
-    if start + at != size:
-        state = "truncated" if size < start + at else "longer than its header says"
-        raise CheckpointError(f"{path}: {state}, {size} bytes where {start + at} are expected: download it again")
-    return entries, start
 
 
 # What a source calls a module -> what transformers 5 calls it (`conversion_mapping.py`: mixtral, phimoe).

@@ -130,7 +130,7 @@ class FakeHub(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
 
-    def do_GET(self) -> None:  # noqa: N802 (the name http.server looks for)
+    def do_GET(self) -> None:  # the name that http.server looks for
         path = self.path.split("?")[0].strip("/")
         pieces = path.removeprefix("api/models/").split("/")
         repo, rest = "/".join(pieces[:2]), pieces[2:]
@@ -140,15 +140,21 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.server.repos.get(repo)
         if files is None:
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if rest[:1] in (["revision"], ["resolve"]) and rest[1] not in ("main", "a" * 40):
+        if rest[:1] in (["tree"], ["revision"], ["resolve"]) and rest[1] not in ("main", "a" * 40):
             return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
         if not path.startswith("api/"):
             return self.file(files, "/".join(rest[2:]))
+        if rest[:1] == ["tree"]:
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            return self.answer(200, json.dumps(tree).encode(), {})
         siblings = [{"rfilename": name} for name in files]
         info = {"id": repo, "modelId": repo, "sha": "a" * 40, "private": False, "tags": [], "downloads": 0, "likes": 0}
         return self.answer(200, json.dumps({**info, "siblings": siblings}).encode(), {})
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def file(self, files: dict[str, bytes], name: str) -> None:
         if name not in files:
@@ -195,7 +201,7 @@ def point(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 def test_download_takes_safetensors_and_never_pickles(fake: FakeHub, caplog: pytest.LogCaptureFixture):
     names = [*HF, "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "onnx/model.safetensors", "modeling.py"]
-    fake.repos["meta-llama/Llama-2-7b"] = {name: b"original" for name in META}
+    fake.repos["meta-llama/Llama-2-7b"] = dict.fromkeys(META, b"original")
     fake.repos["meta-llama/Llama-2-7b-hf"] = {name: name.encode() for name in names}
     with caplog.at_level(logging.WARNING, logger="lplr"):
         folder = hub.resolve("meta-llama/Llama-2-7b")
@@ -232,10 +238,10 @@ REFUSALS = {
     "gated": (403, {"X-Error-Code": "GatedRepo"}, "is gated: accept its licence at http.*a/gated"),
     "absent": (401, {"X-Error-Code": "RepoNotFound"}, "no such repository"),
     "token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "(refused|who asks).*hf auth login"),
-    "scope": (403, {"X-Error-Message": "no"}, "not read a/scope"),
+    "scope": (403, {"X-Error-Message": "no"}, "forbids reading a/scope"),
     "busy": (429, {}, "limits the rate"),
     "teapot": (418, {}, "answered 418"),
-    "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}, "not read"),
+    "disabled": (403, {"X-Error-Message": "Access to this resource is disabled."}, "forbids reading"),
 }
 
 
@@ -258,7 +264,7 @@ def test_gated_only_at_download(fake: FakeHub, monkeypatch: pytest.MonkeyPatch):
     """The Hub lists the files of a gated repository to everyone and refuses the files themselves."""
     monkeypatch.setattr(hub, "list_files", lambda *_: HF)
     fake.refusals["meta-llama/Llama-2-7b-hf"] = (401, {"X-Error-Code": "GatedRepo"})
-    with pytest.raises(HubError, match="accept its licence at .*/meta-llama/Llama-2-7b-hf.*hf auth login"):
+    with pytest.raises(HubError, match=r"accept its licence at .*/meta-llama/Llama-2-7b-hf.*hf auth login"):
         hub.resolve("meta-llama/Llama-2-7b-hf")
 
 
@@ -289,8 +295,8 @@ CLASSES = {
     "RepositoryNotFoundError": "no such repository",
     "RevisionNotFoundError": "has no revision 'v1'",
     "RemoteEntryNotFoundError": "does not hold",
-    "DisabledRepoError": "not read",
-    "HfHubHTTPError": "not read",
+    "DisabledRepoError": "forbids reading",
+    "HfHubHTTPError": "forbids reading",
     "LocalEntryNotFoundError": "cannot reach",
     "OfflineModeIsEnabled": "cannot reach",
     "HFValidationError": "is not a Hub id",
@@ -313,12 +319,12 @@ def test_exception_classes_of_huggingface_hub(monkeypatch: pytest.MonkeyPatch, t
 def test_no_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: OSError):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", raising(error))
-    with pytest.raises(HubError, match="check the connection.*folder on this machine"):
+    with pytest.raises(HubError, match=r"check the connection.*folder on this machine"):
         hub.resolve("a/b")
 
 
 def test_disk_full_during_the_download(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub, "list_files", lambda *_: HF)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(OSError(28, "No space left on device")))
-    with pytest.raises(HubError, match="No space left.*HF_HOME"):
+    with pytest.raises(HubError, match=r"No space left.*HF_HOME"):
         hub.resolve("a/b")

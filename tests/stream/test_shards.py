@@ -71,7 +71,9 @@ def test_big_tensor_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("code, phrase", [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EIO, "another"), (errno.EROFS, "may write")])
+@pytest.mark.parametrize(
+    "code, phrase", [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EIO, "another"), (errno.EROFS, "may write")]
+)
 def test_failure_keeps_the_old_file_and_leaves_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, phrase: str
 ):

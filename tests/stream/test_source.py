@@ -158,7 +158,8 @@ def test_file_with_more_than_its_header_says(tmp_path: Path, generator: torch.Ge
         b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
         b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
         b'{"w": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
-        b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "v": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"w": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}, '
+        b'"v": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}',
         b"[" * 100_000,
         b"\xff\xfe",
     ],
@@ -208,7 +209,7 @@ def test_check_finite_counts_and_names(dtype: torch.dtype, monkeypatch: pytest.M
     check_finite("layer.w", w)
     w[0, 0] = w[2, 4] = float("nan")
     w[1, 1], w[1, 2], w[2, 0] = float("inf"), float("-inf"), float("inf")
-    with pytest.raises(CheckpointError, match="layer.w: 2 NaN and 3 Inf among 15 values"):
+    with pytest.raises(CheckpointError, match=r"layer.w: 2 NaN and 3 Inf among 15 values"):
         check_finite("layer.w", w)
     with pytest.raises(CheckpointError, match="2 NaN and 3 Inf"):
         check_finite("layer.w", w.t())
@@ -314,10 +315,10 @@ def test_view_of_what_transformers_saves_is_what_it_holds(tmp_path: Path, family
     """save_pretrained writes the Hub's layout; the view must give back each expert of the model in memory."""
     import transformers
 
-    sizes = dict(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 16,
+    }  # fmt: skip
     more = {} if family in ("Mixtral", "Olmoe") else {"moe_intermediate_size": 24}
     count = {"num_local_experts": 3} if family == "Mixtral" else {"num_experts": 3}
     config = getattr(transformers, f"{family}Config")(**sizes, **more, **count, num_experts_per_tok=2)

@@ -1,25 +1,68 @@
-"""The orthonormal Walsh-Hadamard transform of the last axis (Sylvester order), in log2(p) passes."""
+"""The orthonormal Walsh-Hadamard transform of the last axis, and an orthogonal rotation of any size built on it."""
 
 from __future__ import annotations
 
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+import torch
 from torch import Tensor
+
+CHUNK = 6  # log2 of the largest Hadamard matrix that is multiplied by: matrix products beat log2(p) passes over memory
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """x H with H the orthonormal Hadamard matrix of size p = x.shape[-1], a power of two: (..., p) -> (..., p).
+    """x H with H the orthonormal Hadamard matrix (Sylvester order) of size p = x.shape[-1], a power of two: (..., p) -> (..., p).
 
     H is symmetric and H H = I, so the transform is its own inverse.  Raises ValueError on any other size.
     """
     p = x.shape[-1]
     if p < 1 or p & (p - 1):
         raise ValueError(f"the last axis has {p} entries: a power of two is expected, pad it with zeros")
-    lead = x.shape[:-1]
-    half = 1
-    while half < p:
-        pairs = x.reshape(*lead, p // (2 * half), 2, half)
-        even, odd = pairs[..., 0, :], pairs[..., 1, :]
-        x = pairs.new_empty(pairs.shape)
-        x[..., 0, :] = even + odd
-        x[..., 1, :] = even - odd
-        half *= 2
+    lead, left = x.shape[:-1], p.bit_length() - 1
+    x = x.reshape(-1, p)
+    while left:
+        # H_p = H_high (x) H_low: transform the fastest axis, then bring the next one to its place
+        bits = min(CHUNK, left)
+        x = (x.reshape(-1, p >> bits, 1 << bits) @ _matrix(bits).to(x.device, x.dtype)).transpose(1, 2)
+        left -= bits
+        x = x.reshape(-1, p)
     return x.reshape(*lead, p) * p**-0.5
+
+
+@lru_cache(maxsize=8)
+def _matrix(bits: int) -> Tensor:
+    """The Hadamard matrix of size 2^bits, entries +-1, float64."""
+    with torch.inference_mode(False):  # it outlives the mode of its first caller
+        H = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        for _ in range(bits):
+            H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+        return H
+
+
+@lru_cache(maxsize=64)
+def rotation_signs(seed: int, d: int) -> Tensor:
+    """Two rows of d signs, int8, on the CPU: the bits of SHAKE-256 of the seed, the same on every machine for ever."""
+    raw = hashlib.shake_256(f"lplr rotation {seed} {d}".encode()).digest(2 * d)
+    with torch.inference_mode(False):
+        return torch.from_numpy((np.frombuffer(raw, dtype=np.uint8) & 1).astype(np.int8) * 2 - 1).view(2, d)
+
+
+def rotate(x: Tensor, signs: Tensor, *, inverse: bool = False) -> Tensor:
+    """x O (..., d) with O orthogonal, d any size; with `inverse`, x O^T.  signs: (2, d), see `rotation_signs`.
+
+    O = D_1 (H_p (+) I) D_2 (I (+) H_p), p the largest power of two up to d: random signs and a Hadamard transform of the
+    first p entries, then the same of the last p; one transform suffices where p = d.
+    """
+    d = x.shape[-1]
+    p = 1 << (d.bit_length() - 1)
+    first, second = signs.to(x.device, x.dtype)
+    if p == d:
+        return hadamard(x) * first if inverse else hadamard(x * first)
+    if inverse:
+        x = torch.cat([x[..., : d - p], hadamard(x[..., d - p :])], -1) * second
+        return torch.cat([hadamard(x[..., :p]), x[..., p:]], -1) * first
+    x = x * first
+    x = torch.cat([hadamard(x[..., :p]), x[..., p:]], -1) * second
+    return torch.cat([x[..., : d - p], hadamard(x[..., d - p :])], -1)

@@ -1,0 +1,29 @@
+"""A backbone alone, rounded with feedback: A ~ Q in the basis of the rotated inputs.
+
+The rotation makes the entries of A close to normal and spreads the inputs' second moments over all columns; the columns that
+are rounded last, whose errors nothing absorbs any more, get the bits that a fractional budget leaves over.
+Source: Chee, Cai, Kuleshov, De Sa, "QuIP", NeurIPS 2023 (incoherence and LDLQ); the split widths are our own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lplr.factor.factorization import Factorization
+from lplr.quant.ldlq import ldlq as rounded
+from lplr.recipe import FactorSpec
+
+
+def ldlq(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
+    """A (n x d) ~ Q; without a metric each entry is rounded to nearest.  O(n d^2).
+
+    The error never exceeds ||A C||_F: where feedback drove the rounding beyond that, Q = 0 is returned.
+    """
+    assert spec.q is not None
+    H = torch.eye(A.shape[1], dtype=A.dtype, device=A.device) if C is None else C @ C.T
+    axis = "tensor" if spec.q.ranges == "tensor" else "row"
+    q = rounded(A, spec.q.bits, H, axis=axis, narrow=spec.q_narrow)
+    error = A - q.dequantize(A.dtype)
+    before, after = (float(torch.linalg.vector_norm(X if C is None else X @ C)) for X in (A, error))
+    return Factorization(q=q if after <= before else q.zeroed())

@@ -1,0 +1,84 @@
+"""Feedback rounding: the exact error identity, and the gain over plain rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from lplr.quant.ldlq import ldlq, unit_upper
+from lplr.quant.uniform import quantize, scales
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def correlated(d: int, seed: int = 1) -> torch.Tensor:
+    X = torch.randn(3 * d, d, generator=seeded(seed), dtype=torch.float64)
+    X = X @ torch.randn(d, d, generator=seeded(seed + 1), dtype=torch.float64) * torch.logspace(0, -1, d, dtype=torch.float64)
+    return X.T @ X / (3 * d) + 1e-3 * torch.eye(d, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("d", [1, 2, 9, 40])
+def test_unit_upper_factor(d: int) -> None:
+    H = correlated(d)
+    U = unit_upper(H)
+    assert torch.equal(U, U.triu()) and torch.equal(U.diagonal(), torch.ones(d, dtype=torch.float64))
+    D = torch.linalg.solve(U, torch.linalg.solve(U, H).T)
+    torch.testing.assert_close(D, torch.diag(D.diagonal()), rtol=0, atol=1e-9 * float(H.diagonal().max()))
+    # scipy's factorization of the reversed matrix, reversed again
+    lower, diagonal, order = scipy.linalg.ldl(H.flip(0, 1).numpy())
+    if (np.diag(np.diag(diagonal)) == diagonal).all() and (order == np.arange(d)).all():
+        np.testing.assert_allclose(np.flip(lower, (0, 1)), U.numpy(), atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize(("n", "d"), [(5, 7), (12, 130), (3, 300), (1, 1)])
+def test_error_identity(n: int, d: int, bits: int) -> None:
+    """tr(E H E^T) = sum_j D_jj ||rho_j||^2, rho_j recomputed here as what rounding left of column j and its feedback."""
+    H, X = correlated(d), torch.randn(n, d, generator=seeded(3), dtype=torch.float64)
+    q = ldlq(X, bits, H)
+    Xhat = q.dequantize(torch.float64)
+    E = X - Xhat
+    U = unit_upper(H)
+    D = torch.linalg.solve(U, torch.linalg.solve(U, H).T).diagonal()
+    wanted = X + E @ (U - torch.eye(d, dtype=torch.float64))
+    rho = wanted - Xhat
+    left = float(torch.trace(E @ H @ E.T))
+    assert left == pytest.approx(float((D * rho.square().sum(0)).sum()), rel=1e-8)
+    # and every code is the nearest to what was wanted
+    row, _ = scales(X, bits, axis="row", clip="mse")
+    assert row is not None
+    points = (torch.arange(1 << bits, dtype=torch.float64) * 2 - ((1 << bits) - 1)) * row.double()[:, None]
+    nearest = (wanted[..., None] - points[:, None, :]).abs().amin(-1)
+    assert bool((rho.abs() <= nearest + 1e-9).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_better_than_plain_rounding_on_average(bits: int) -> None:
+    ratios = []
+    for seed in range(12):
+        H, X = correlated(48, 10 * seed), torch.randn(20, 48, generator=seeded(seed), dtype=torch.float64)
+        plain, feedback = (
+            X - quantize(X, bits, axis="row").dequantize(torch.float64),
+            X - ldlq(X, bits, H).dequantize(torch.float64),
+        )
+        ratios.append(float(torch.trace(feedback @ H @ feedback.T) / torch.trace(plain @ H @ plain.T)))
+    assert np.mean(ratios) < 0.8
+
+
+def test_identity_metric_is_plain_rounding() -> None:
+    X = torch.randn(9, 200, generator=seeded(5))
+    plain = quantize(X, 3, axis="row")
+    assert torch.equal(ldlq(X, 3, torch.eye(200)).dequantize(), plain.dequantize())
+
+
+def test_zero_rows_stay_zero() -> None:
+    X = torch.randn(4, 10, generator=seeded(6))
+    X[1] = 0
+    for axis in ("row", "tensor", "both"):
+        q = ldlq(X, 2, correlated(10).float(), axis=axis).dequantize()  # type: ignore[arg-type]
+        assert bool(torch.isfinite(q).all())
+        assert axis == "tensor" or not q[1].any()
