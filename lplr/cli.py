@@ -1,5 +1,6 @@
 """The `lplr` command.  One function a command, no logic: arguments in, library calls, tables out.
 
+Tables go to stdout; progress, notes and errors go to stderr.
 Exit status: 0 done, 2 a clear error on one line, 130 stopped by the user (nothing is lost: run the same command again).
 """
 
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,81 +21,97 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import lplr
-from lplr.errors import LplrError
+from lplr.errors import LplrError, RecipeError
 from lplr.recipe import Recipe, load_recipe, make_recipe
 
 app = typer.Typer(
     name="lplr",
     help="Make a language model small: about one bit a weight, with a proven error bound for every layer.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+PLAIN_SECONDS = 20.0  # between two lines of progress where there is no terminal to draw a bar on
+
+# argument and option of typer's own wrong-usage errors; the class itself is private in some of its versions
+_UsageError: Any = typer.BadParameter.__bases__[0]
+Step = Callable[[float, float, str], None]  # (done, total, what)
 
 Model = Annotated[str, typer.Argument(help="A folder, a GGUF file, or an id of the Hugging Face Hub.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lplr compress` wrote.", show_default=False)]
-Against = Annotated[str | None, typer.Option(metavar="BASE", help="The base model: folder, GGUF file or Hub id.", show_default=False)]
-_SETTINGS, _RUN = "What to do (default: the recipe's, or lplr's)", "How to run"
+Against = Annotated[
+    str | None, typer.Option(metavar="BASE", help="The base model: folder, GGUF file or Hub id.", show_default=False)
+]
+_SETTINGS, _RUN = "What to do (default: the recipe's, or the one shown)", "How to run"
 
 
 def _default(field: str) -> str:
     value = Recipe.model_fields[field].default
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    if value is None:
+        return "from the budget" if field in ("rank", "factor_bits") else "the main branch"
+    return ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _setting(name: str, text: str, **more: Any) -> Any:
+def _setting(name: str, text: str) -> Any:
     field = name.removeprefix("--").replace("-", "_")
-    return typer.Option(name, help=f"{text} [default: {_default(field)}]", rich_help_panel=_SETTINGS, show_default=False, **more)
+    shown = f"{text} ({_default(field)})"
+    return typer.Option(name, help=shown, rich_help_panel=_SETTINGS, show_default=False)
+
+
+def _run_option(*names: str, text: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=_RUN, show_default=False)
 
 
 @app.command()
 def compress(
     model: Annotated[str | None, typer.Argument(help="A folder, a GGUF file, or a Hub id.", show_default=False)] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Output folder [default: NAME-LPLR-BITSbpw].", rich_help_panel=_RUN, show_default=False),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags override it.", rich_help_panel=_RUN, show_default=False)] = None,
+    output: Annotated[Path | None, _run_option("--output", "-o", text="Output folder (NAME-LPLR-BITSbpw).")] = None,
+    recipe: Annotated[Path | None, _run_option("--recipe", text="A YAML recipe; flags override it.")] = None,
     bits: Annotated[float | None, _setting("--bits", "Budget per compressed weight, all overheads counted.")] = None,
-    method: Annotated[str | None, _setting("--method", "auto, lplr, lplr_svd, direct_svd, caldera or naive.")] = None,
+    method: Annotated[str | None, _setting("--method", "auto, lplr, lplr_svd, direct_svd, ldlq, caldera, naive.")] = None,
     dataset: Annotated[
-        str | None, _setting("--dataset", "Calibration text: builtin, none, a .txt / .jsonl file, or a Hub dataset.")
+        str | None, _setting("--dataset", "Calibration text: builtin, none, a text or jsonl file, a Hub dataset.")
     ] = None,
     nsamples: Annotated[int | None, _setting("--nsamples", "Calibration windows.")] = None,
     seqlen: Annotated[int | None, _setting("--seqlen", "Tokens a calibration window.")] = None,
-    factor_bits: Annotated[int | None, _setting("--factor-bits", "Width of the entries of L and R; None: from the budget.")] = None,
-    rank: Annotated[int | None, _setting("--rank", "Rank of L R for every matrix; None: from the budget.")] = None,
+    factor_bits: Annotated[int | None, _setting("--factor-bits", "Width of the entries of L and R.")] = None,
+    rank: Annotated[int | None, _setting("--rank", "Rank of L R for every matrix.")] = None,
     sketch: Annotated[str | None, _setting("--sketch", "gaussian, srht or sparse.")] = None,
     rounding: Annotated[str | None, _setting("--rounding", "nearest or stochastic.")] = None,
     power_iterations: Annotated[int | None, _setting("--power-iterations", "Power iterations of the range finder.")] = None,
-    alternations: Annotated[int | None, _setting("--alternations", "Rounds in which L and R are solved for again.")] = None,
+    alternations: Annotated[int | None, _setting("--alternations", "Rounds in which L and R are solved again.")] = None,
     seed: Annotated[int | None, _setting("--seed", "Seed of every random choice.")] = None,
     modules_to_not_convert: Annotated[
-        list[str] | None, _setting("--modules-to-not-convert", "Module to leave as it is (name, prefix or pattern; repeatable).")
+        list[str] | None, _setting("--modules-to-not-convert", "Modules to leave as they are; repeatable.")
     ] = None,
     revision: Annotated[str | None, _setting("--revision", "Branch, tag or commit on the Hub.")] = None,
     device: Annotated[str | None, _setting("--device", "Where to compute: cpu or cuda.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, bits, memory, time and ranks; do nothing.", rich_help_panel=_RUN)] = False,
-    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a folder that holds a run.", rich_help_panel=_RUN)] = False,
+    dry_run: Annotated[bool, _run_option("--dry-run", text="Print size, bits, memory, time and ranks; do nothing.")] = False,
+    no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
     with _errors():
         settings = {**(load_recipe(recipe) if recipe else {}), **flags}
         if "model" not in settings:
-            raise LplrError("no model given: name a folder, a GGUF file or a Hub id")
+            raise RecipeError("no model given: name a folder, a GGUF file or a Hub id")
         chosen = make_recipe(settings)
         if dry_run:
             _dry_run(chosen)
             return
         from lplr.stream.compress import compress as run
 
-        folder = output or Path(f"{Path(chosen.model).name.removesuffix('.gguf')}-LPLR-{chosen.bits:g}bpw")
+        folder = output or _default_folder(chosen)
         with _progress("compress") as step:
             rows = run(chosen, folder, resume=not no_resume, notify=_notice, progress=step)
         _summary(folder, rows)
+
+
+def _default_folder(recipe: Recipe) -> Path:
+    path = Path(recipe.model).expanduser()
+    name = path.resolve().name if path.exists() else recipe.model.rpartition("/")[2].rpartition(":")[2]
+    return Path(f"{name.removesuffix('.gguf')}-LPLR-{recipe.bits:g}bpw")
 
 
 def _dry_run(recipe: Recipe) -> None:
@@ -105,20 +123,19 @@ def _dry_run(recipe: Recipe) -> None:
     e = estimate(checkpoint, plans, recipe)
     table = Table("matrix", "shape", "method", "rank", "bits L/R/Q", "bits per weight", title="Plan")
     for p in plans:
-        f = p.format
-        shape = f"{p.shape[0]} x {p.shape[1]}"
+        f, shape = p.format, f"{p.shape[0]} x {p.shape[1]}"
         if f is None:
             table.add_row(escape(p.name), shape, "dense", "", "", f"{p.dense_bits / (p.shape[0] * p.shape[1]):g} ({p.reason})")
         else:
-            table.add_row(
-                escape(p.name), shape, p.spec.method, str(f.rank), f"{f.l_bits}/{f.r_bits}/{f.q_bits}", f"{f.bits_per_weight:.4f}"
-            )
+            widths = f"{f.l_bits}/{f.r_bits}/{f.q_bits}"
+            table.add_row(escape(p.name), shape, p.spec.method, str(f.rank), widths, f"{f.bits_per_weight:.4f}")
     out.print(table)
     facts = Table("whole model", "", title="Estimate (nothing was written)")
     facts.add_row("compressed weights", f"{e.weights:,} of {e.parameters:,}")
     facts.add_row("bits per weight, all-in", f"{e.bits_per_weight:.4f}")
     facts.add_row("bits per parameter, whole model", f"{e.bits_per_parameter:.3f}")
     facts.add_row("size", f"{_size(e.source_bytes)} -> {_size(e.output_bytes)}")
+    facts.add_row("weight files", f"{len(e.files)}, together {sum(e.files.values()):,} bytes")
     facts.add_row("peak memory, about", _size(e.memory_bytes))
     facts.add_row("activations on disk", _size(e.disk_bytes))
     facts.add_row("time on this machine, about", _duration(e.seconds))
@@ -129,7 +146,8 @@ def _summary(folder: Path, rows: list[Any]) -> None:
     """One table of the errors and bounds of every layer, and the totals."""
     from lplr import records
 
-    table = Table("matrix", "rank", "bits per weight", "error", "certificate", "bound", "rank optimum", "output error", title="Relative errors")
+    columns = ("matrix", "rank", "bits per weight", "error", "certificate", "bound", "rank optimum", "output error")
+    table = Table(*columns, title="Relative errors")
     for r in rows:
         unit = r.norm or 1.0
         cells = [r.error, r.certificate, r.bound, r.optimal]
@@ -141,6 +159,9 @@ def _summary(folder: Path, rows: list[Any]) -> None:
             f"{r.weighted_error:.4f}" if r.weighted_error is not None else "-",
         )
     out.print(table)
+    for r in rows:
+        if r.stored == "dense":
+            out.print(f"{escape(r.name)} stays dense: {escape(r.note)}", soft_wrap=True)
     done = records.read(folder / records.LEDGER)[-1]
     out.print(
         f"{escape(str(folder))}: {done['bits_per_weight']:.4f} bits per weight on {done['weights']:,} compressed weights, "
@@ -152,9 +173,13 @@ def _summary(folder: Path, rows: list[Any]) -> None:
 @app.command("eval")
 def evaluate(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or any model.", show_default=False)],
-    dataset: Annotated[str, typer.Option(help="Text: builtin:heldout, a .txt / .jsonl file, or a Hub dataset.")] = "builtin:heldout",
+    dataset: Annotated[
+        str, typer.Option(help="Text: builtin:heldout, a text or jsonl file, or a Hub dataset.")
+    ] = "builtin:heldout",
     against: Against = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window [default: 2048, or the model's context].", show_default=False)] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens a window (2048, or the model's context).", show_default=False)
+    ] = None,
     windows: Annotated[int | None, typer.Option(help="Use the first N windows only.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
@@ -184,11 +209,13 @@ def inspect(
         from lplr.stream.checkpoint import open_checkpoint, plan_layers
         from lplr.stream.inspect import inspect as look
 
+        recipe = make_recipe({"model": model, "bits": bits, "method": method})
         checkpoint = open_checkpoint(model, None, _notice)
-        plans = plan_layers(checkpoint, make_recipe({"model": model, "bits": bits, "method": method}))
-        table = Table("matrix", "shape", "norm", "stable rank", f"rank at {bits:g} bits", "energy captured", title=escape(Path(model).name))
+        plans = plan_layers(checkpoint, recipe)
+        columns = ("matrix", "shape", "norm", "stable rank", f"rank at {bits:g} bits", "energy captured")
+        table = Table(*columns, title=escape(Path(model).name))
         with _progress("inspect") as step:
-            for done, m in enumerate(look(checkpoint, plans)):
+            for done, m in enumerate(look(checkpoint, plans), 1):
                 step(float(done), float(len(plans)), m.plan.name)
                 rank = str(m.plan.format.rank) if m.plan.format else "dense"
                 shape = f"{m.plan.shape[0]} x {m.plan.shape[1]}"
@@ -204,9 +231,11 @@ def verify(folder: Folder, against: Against = None) -> None:
 
         with _progress("verify") as step:
             v = check(folder, against, progress=step)
-        out.print(f"{escape(str(folder))}: {v.files} files, {v.tensors} tensors, {v.layers} layers, {v.bits_per_weight:.4f} bits per weight: intact", soft_wrap=True)
+        counts = f"{v.files} files, {v.tensors} tensors, {v.layers} layers, {v.bits_per_weight:.4f} bits per weight"
+        out.print(f"{escape(str(folder))}: {counts}: intact", soft_wrap=True)
         if v.worst is not None:
-            out.print(f"every certificate holds; the closest is {escape(v.worst_layer)}, error / certificate = {v.worst:.6f}", soft_wrap=True)
+            closest = f"the closest is {escape(v.worst_layer)}, error / certificate = {v.worst:.6f}"
+            out.print(f"every certificate holds; {closest}", soft_wrap=True)
 
 
 @app.command()
@@ -220,7 +249,9 @@ def report(folder: Folder) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")] = Path("lplr-demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")
+    ] = Path("lplr-demo"),
     bits: Annotated[float, typer.Option(help="Budget of the model to show; a 1-bit one is shown beside it.")] = 4.0,
 ) -> None:
     """Compress SmolLM2-135M-Instruct from the package index, evaluate it, write the report, and let it speak."""
@@ -238,10 +269,14 @@ def demo(
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+def _main(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False
+) -> None:
     if version:
         out.print(f"lplr {lplr.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @contextmanager
@@ -249,22 +284,37 @@ def _errors() -> Iterator[None]:
     """Every error that the user can mend is one line on stderr and status 2."""
     try:
         yield
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to go on", soft_wrap=True)
+        raise typer.Exit(130) from None
     except LplrError as error:
-        err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
-        raise typer.Exit(2) from None
+        message = str(error)
     except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of our output has gone: not an error
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "make room on the disk, then run the same command again" if full else "check the path and its permissions"
-        err.print(f"[bold red]error:[/] {escape(str(error))}: {remedy}", soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print("stopped; run the same command again to go on")
-        raise typer.Exit(130) from None
+        message = f"{error}: {remedy}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(s in str(error) for s in ("allocate memory", "out of memory")):
+            raise
+        message = "out of memory: `lplr compress --dry-run` tells what is needed; a smaller --seqlen needs less"
+    else:
+        return
+    _fail(message)
+    raise typer.Exit(2)
+
+
+def _fail(message: str) -> None:
+    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Any]:
-    """A bar with elapsed and remaining time on stderr; yields step(done, total, text)."""
+def _progress(what: str) -> Iterator[Step]:
+    """Yields step(done, total, text): a bar with elapsed and remaining time on stderr, or a line now and then in a log."""
+    if not err.is_terminal:
+        yield _lines(what)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None)
@@ -275,8 +325,24 @@ def _progress(what: str) -> Iterator[Any]:
         yield step
 
 
+def _lines(what: str) -> Step:
+    """Progress as plain lines, at most one in PLAIN_SECONDS."""
+    started = told = time.monotonic()
+
+    def step(done: float, total: float, text: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < PLAIN_SECONDS:
+            return
+        told = now
+        left = f", {_duration((now - started) * (total - done) / done)} left" if done else ""
+        err.print(f"{what}: {escape(text)} ({done / total if total else 0:.0%}{left})", soft_wrap=True)
+
+    return step
+
+
 def _notice(message: str) -> None:
-    err.print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
+    err.print(f"[yellow]note:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
 
 
 def _size(count: float) -> str:
@@ -294,5 +360,14 @@ def _duration(seconds: float) -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script: wrong usage, too, is one line and status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "lplr"
+        _fail(f"{error.format_message().rstrip('.')}: see `{command} --help`")
+        status = 2
+    except BrokenPipeError:
+        sys.stderr.close()  # or the interpreter would complain when it flushes
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)

@@ -62,10 +62,10 @@ class Rule(_Spec):
     """Settings for the matrices whose module name matches a shell pattern; the last rule that matches wins."""
 
     match: str
-    bits: float | None = Field(None, gt=0, le=8)
+    bits: float | None = Field(default=None, gt=0, le=8)
     method: str | None = None
-    rank: int | None = Field(None, ge=1)
-    factor_bits: int | None = Field(None, ge=1, le=8)
+    rank: int | None = Field(default=None, ge=1)
+    factor_bits: int | None = Field(default=None, ge=1, le=8)
 
 
 class Recipe(_Spec):
@@ -77,18 +77,18 @@ class Recipe(_Spec):
     """
 
     model: str
-    bits: float = Field(1.0, gt=0, le=8)
+    bits: float = Field(default=1.0, gt=0, le=8)
     method: str = "auto"
-    factor_bits: int | None = Field(None, ge=1, le=8)
-    rank: int | None = Field(None, ge=1)
+    factor_bits: int | None = Field(default=None, ge=1, le=8)
+    rank: int | None = Field(default=None, ge=1)
     sketch: Sketch = "gaussian"
     rounding: Rounding = "nearest"
-    power_iterations: int = Field(2, ge=0, le=16)
-    alternations: int = Field(4, ge=0, le=100)
+    power_iterations: int = Field(default=2, ge=0, le=16)
+    alternations: int = Field(default=4, ge=0, le=100)
     dataset: str = "builtin"
-    nsamples: int = Field(128, ge=1)
-    seqlen: int = Field(512, ge=8)
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    nsamples: int = Field(default=128, ge=1)
+    seqlen: int = Field(default=512, ge=8)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     modules_to_not_convert: tuple[str, ...] = ("lm_head", "embed_out", "score")
     rules: tuple[Rule, ...] = ()
     revision: str | None = None
@@ -148,10 +148,12 @@ def make_recipe(settings: dict[str, Any]) -> Recipe:
 def _explain(problem: Any) -> str:
     """One line for one pydantic error."""
     place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
         fields = Rule.model_fields if "rules" in problem["loc"] else Recipe.model_fields
         near = get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0.0)
         return f"unknown setting {place!r}: did you mean {near[0]!r}? (valid: {', '.join(fields)})"
     if problem["type"] == "missing":
         return f"setting {place!r} is missing: add it"
-    return f"setting {place!r} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    value = repr(problem["input"])
+    value = value if len(value) <= 80 else f"{value[:80]}.."
+    return f"setting {place!r} is {value}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lplr.errors import OutputError
 
@@ -96,8 +96,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def layers(entries: Iterable[dict[str, Any]]) -> Iterator[LayerRecord]:
-    """The layer records among the entries."""
-    return (LayerRecord.model_validate(e) for e in entries if e["kind"] == "layer")
+    """The layer records among the entries; OutputError names one that is damaged."""
+    for entry in entries:
+        if entry["kind"] == "layer":
+            try:
+                yield LayerRecord.model_validate(entry)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                place = ".".join(map(str, problem["loc"]))
+                raise OutputError(
+                    f"{LEDGER}: the record of {entry.get('name', 'a layer')} is damaged at {place} ({problem['msg']}): "
+                    "delete the folder and compress again"
+                ) from None
 
 
 def bits_per_weight(records: Iterable[LayerRecord]) -> float:

@@ -231,19 +231,23 @@ def _naive(case: _Case) -> Bound:
 
 
 def _ldlq(case: _Case) -> Bound:
-    """(N) without a metric, where there is no feedback: the first columns may have one bit less and a longer step."""
-    q = case.spec.q
+    """(0): nothing is known of clipped feedback rounding before it is done; the method falls back to Q = 0.
+
+    Without a metric there is no feedback, and (N) may be less; the first columns may have one bit less and a longer step.
+    """
+    q, narrow = case.spec.q, case.spec.q_narrow
     assert q is not None
+    capped = _capped(case)
     if case.C is not None:
-        return Bound({}, "none", _FEEDBACK)
+        return capped
     nearest = q.model_copy(update={"rounding": "nearest", "clip": "mse"})
     rows, cols = _grid(case.A * ONE_BIT if q.bits == 1 else case.A, nearest, "tensor" if q.ranges == "tensor" else "row")
-    A, narrow = case.A.double(), case.spec.q_narrow
     top = torch.full_like(cols, (1 << q.bits) - 1)
     top[:narrow], cols[:narrow] = (1 << (q.bits - 1)) - 1, NARROW_RATIO[q.bits]
     half = rows[:, None] * cols
-    total = float(torch.maximum(half, A.abs() - top * half).square().sum())
-    return Bound({"rounding": total}, "certain", "worst case of the rounding of every entry (N)")
+    total = float(torch.maximum(half, case.A.double().abs() - top * half).square().sum())
+    worst = Bound({"rounding": total}, "certain", "worst case of the rounding of every entry (N)")
+    return worst if total < case.energy else capped
 
 
 def _caldera(case: _Case) -> Bound:
@@ -259,11 +263,6 @@ def _caldera(case: _Case) -> Bound:
         return Bound({}, "none", "no statement: no theorem covers this rounding of Q after L R")
     if not spec.alternations:
         return Bound({}, "none", "no statement: L of the first round is not kept (with alternations the trivial bound holds)")
-    return _capped(case)
-
-
-def _ldlq(case: _Case) -> Bound:
-    """(0): nothing is known of clipped feedback rounding before it is done; the method falls back to Q = 0."""
     return _capped(case)
 
 

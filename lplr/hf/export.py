@@ -21,12 +21,16 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -84,7 +88,7 @@ def card_text(header: dict[str, Any], summary: dict[str, Any]) -> str:
     told = f"{calibration['name']}, {calibration['rows']} x {calibration['seqlen']} tokens" if calibration else "none (data-free)"
     base = header["model"]
     return _CARD.format(
-        base_line=f"base_model: {json.dumps(base)}\n" if base.count("/") == 1 else "",
+        base_line=f"base_model: {json.dumps(base.partition(':')[0])}\n" if base.count("/") == 1 else "",
         name=base,
         bits=summary["bits_per_weight"],
         whole=summary["bits_per_parameter"],

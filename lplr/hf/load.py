@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lplr.errors import CheckpointError, HubError, UnsupportedModel
+from lplr.hf.gguf import gguf_tokenizer
 from lplr.hf.quantizer import compressed_layers
 from lplr.hf.register import register
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _GIVE = "give the folder of a transformers model, a hub id or a GGUF file"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -101,36 +102,17 @@ def _check(path: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> No
         raise CheckpointError(f"{path} ({kind}): tensor {key} cannot be converted ({value}): copy or download it again")
 
 
-def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer at `path`.  One from a GGUF file of the SmolLM family gets back the step that splits digits.
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`: of a folder, a hub id or a GGUF file (`hf.gguf.gguf_tokenizer`).
 
     Raises what `load_model` raises.
     """
+    if is_gguf(path) and Path(path).expanduser().is_file():
+        return gguf_tokenizer(Path(path).expanduser())
     name, arguments = _source(path, ("tokenizer_config.json", "tokenizer.json", "config.json"), **kwargs)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **arguments)
+        return AutoTokenizer.from_pretrained(name, **arguments)
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise  # the tokenizers package raises the plain class for a damaged file
         raise _translated(path, error) from None
-    if "gguf_file" in arguments and _gguf_pre_tokenizer(Path(path).expanduser()) == "smollm":
-        _split_digits(tokenizer)
-    return tokenizer
-
-
-def _gguf_pre_tokenizer(file: Path) -> str:
-    """The field tokenizer.ggml.pre of a GGUF file."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
-    return str(field.contents()) if field is not None else ""
-
-
-def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put back the step that makes every digit a word of its own: transformers drops it when it reads GGUF."""
-    from tokenizers import pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    steps = [digits] if backend.pre_tokenizer is None else [digits, backend.pre_tokenizer]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]

@@ -200,12 +200,13 @@ def embed(
     skip = [ck.prefix] + ([names[id(head)]] if head is not None else [])
     outside = [name for name in ck.other_tensors() if not any(name.startswith(f"{s}.") for s in skip)]
     materialise(ck.model, {name: computable(ck, name, device) for name in outside}, skip=skip)
-    size = batch_rows(*tokens.shape)
+    rows, seqlen = tokens.shape
+    size = batch_rows(rows, seqlen)
     activations, kwargs = None, []
     for start in range(0, len(tokens), size):
         hidden, kwargs = capture_block_inputs(ck.model, tokens[start : start + size].to(device))
         if activations is None:
-            activations = Activations(*tokens.shape, hidden.shape[-1], folder=folder)
+            activations = Activations(rows, seqlen, hidden.shape[-1], folder)
         activations.set(slice(start, start + size), hidden)
     assert activations is not None
     for name in dict.fromkeys(name.rpartition(".")[0] for name in outside):

@@ -138,8 +138,7 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
     Raises RecipeError for an unknown method, UnsupportedModel when nothing can be compressed.
     """
     for method in (recipe.method, *(rule.method for rule in recipe.rules if rule.method)):
-        if method != "auto":
-            choose(METHODS, method, "method")
+        choose({"auto": None, **METHODS}, method, "method")
     out = []
     for name, module in linears(checkpoint.model, recipe.modules_to_not_convert).items():
         if not name.startswith(f"{checkpoint.prefix}."):

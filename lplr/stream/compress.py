@@ -10,9 +10,10 @@ written last: a folder without it is no model to any loader.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,21 @@ from torch import Tensor
 
 import lplr
 from lplr import records
-from lplr.errors import CheckpointError, LplrError
+from lplr.errors import CheckpointError
 from lplr.factor import certify, factorize
-from lplr.hf.export import card_text, config_text, tokenizer_files
-from lplr.hf.gguf import gguf_tokenizer
-from lplr.hf.load import is_gguf, load_tokenizer
-from lplr.hf.quantizer import LplrConfig
-from lplr.hf.skeleton import capture_block_inputs, materialise, release
-from lplr.hf.text import calibration_tokens, read_text
+from lplr.hf.export import tokenizer_files
+from lplr.hf.skeleton import materialise, release
 from lplr.linalg.hessian import Hessian
 from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
-from lplr.stream.calibrate import Activations, advance, batch_rows, collect
-from lplr.stream.checkpoint import Checkpoint, LayerPlan, open_checkpoint, plan_layers
-from lplr.stream.ledger import FORMAT_VERSION, Ledger, digest, open_ledger
-from lplr.stream.shards import sha256, write_atomic, write_index, write_shard, write_text_atomic
-from lplr.stream.source import check_finite, read_entries
+from lplr.stream.calibrate import Activations, advance, calibration_windows, collect, computable, embed
+from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
+from lplr.stream.device import usable_device
+from lplr.stream.finish import finish_folder
+from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
+from lplr.stream.shards import Layout, shard_name, write_atomic, write_shard
+from lplr.stream.source import read_entries
 
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
@@ -57,19 +56,35 @@ def compress(
     Raises RecipeError, CheckpointError, HubError, DatasetError or OutputError before anything is lost: what was
     finished stays, and the same call goes on with it.
     """
-    folder = Path(output_dir)
-    run = _Run.open(recipe, folder, resume=resume, notify=notify or (lambda _: None))
-    if run.ledger.done is None:
-        with torch.inference_mode():
-            run.finish_blocks(progress or (lambda *_: None))
-        run.finish_folder()
-    return list(records.layers(run.ledger.entries))
+    run = _Run.open(recipe, Path(output_dir), resume=resume, notify=notify or (lambda _: None))
+    with run.ledger as ledger:
+        if ledger.done is None:
+            with torch.inference_mode():
+                run.finish_blocks(progress or (lambda *_: None))
+            finish_folder(run.checkpoint, recipe, run.plans, ledger)
+        return list(records.layers(ledger.entries))
 
 
 def seeded(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each name: what is drawn does not depend on what was drawn before."""
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(key[:7], "little"))
+
+
+@dataclass
+class _Meter:
+    """Weights of compressed matrices done so far, told to the caller."""
+
+    tell: Progress
+    total: float
+    done: float = 0.0
+
+    def say(self, text: str) -> None:
+        self.tell(self.done, self.total, text)
+
+    def finish(self, plans: list[LayerPlan], text: str) -> None:
+        self.done += _weights(plans)
+        self.say(text)
 
 
 @dataclass
@@ -80,35 +95,36 @@ class _Run:
     checkpoint: Checkpoint
     plans: list[LayerPlan]
     tokens: Tensor | None  # (rows, seqlen); None without calibration
+    files: dict[str, bytes] = field(repr=False)  # tokenizer and generation settings, copied from the source
     ledger: Ledger
     device: torch.device
-    model_name: str
 
     @classmethod
     def open(cls, recipe: Recipe, folder: Path, *, resume: bool, notify: Notify) -> _Run:
-        """Everything that can fail early: source, plan, text, output folder, tokenizer."""
-        device = _device(recipe.device)
+        """Everything that can fail early: device, output folder, source, plan, text, tokenizer."""
+        device = usable_device(recipe.device)
+        check_folder(folder, resume=resume)
         checkpoint = open_checkpoint(recipe.model, recipe.revision, notify)
         plans = plan_layers(checkpoint, recipe)
+        for pattern in unmatched_rules(recipe, plans):
+            notify(f"the rule {pattern!r} fits no matrix: patterns are for whole names such as {plans[0].name}")
         for left in checkpoint.view.unused():
             notify(f"tensor {left} of the checkpoint has no place in the model and is left out")
-        tokens, calibration = _calibration(recipe, checkpoint, notify)
+        tokens, calibration = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
+        files = tokenizer_files(checkpoint.path)
+        if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
+            notify(f"{checkpoint.path.name} holds no tokenizer: the compressed folder will hold none either")
         header = {
             "format_version": FORMAT_VERSION,
             "versions": {"lplr": lplr.__version__, "torch": torch.__version__, "transformers": version("transformers")},
             "recipe": recipe.model_dump(mode="json"),
             "model": _base_name(checkpoint.path, recipe.model),
             "source": checkpoint.source.identity(),
+            "files": _identities(checkpoint.path, files),
             "calibration": calibration,
         }
         ledger = open_ledger(folder, header, resume=resume)
-        if ledger.done is None:
-            files = tokenizer_files(checkpoint.path)
-            for name, content in files.items():
-                write_atomic(folder / name, content)
-            if not any(name.startswith(("tokenizer", "vocab")) for name in files):
-                notify(f"{checkpoint.path.name} holds no tokenizer: the compressed folder will hold none either")
-        return cls(recipe, checkpoint, plans, tokens, ledger, device, header["model"])
+        return cls(recipe, checkpoint, plans, tokens, files, ledger, device)
 
     @property
     def shards(self) -> int:
@@ -117,78 +133,67 @@ class _Run:
 
     def shard(self, index: int) -> Path:
         """File of one shard; the number of shards is known from the start."""
-        return self.ledger.folder / f"model-{index + 1:05d}-of-{self.shards:05d}.safetensors"
-
-    def is_finished(self, index: int) -> bool:
-        """Whether the ledger has the shard's line and the file its size."""
-        line, path = self.ledger.blocks.get(index), self.shard(index)
-        if line is not None and not (path.is_file() and path.stat().st_size == line["bytes"]):
-            raise CheckpointError(f"{path} is missing or cut short though run.jsonl has it: delete the folder and start again")
-        return line is not None
+        return self.ledger.folder / shard_name(index, self.shards)
 
     def finish_blocks(self, progress: Progress) -> None:
         """Compress every block that is not finished yet, then store what lies outside of the blocks."""
-        total = float(sum(p.shape[0] * p.shape[1] for p in self.plans if p.format))
-        blocks = range(len(self.checkpoint.stack))
-        pending = [i for i in blocks if not self.is_finished(i)]
-        inputs, kwargs = (None, [{}] * len(blocks))
+        for name, content in self.files.items():
+            write_atomic(self.ledger.folder / name, content)
+        blocks = len(self.checkpoint.stack)
+        pending = [i for i in range(blocks) if i not in self.ledger.blocks]
+        meter = _Meter(progress, _weights(self.plans))
+        inputs, kwargs = None, [{}] * blocks
         if self.tokens is not None and pending:
-            progress(0.0, total, "embedding the calibration text")
-            inputs, kwargs = self._embed(self.tokens)
-        done = 0.0
+            meter.say("embedding the calibration text")
+            inputs, kwargs = embed(self.checkpoint, self.tokens, self.ledger.folder, self.device)
         try:
-            for i in blocks:
+            for i in range(blocks):
                 plans = [p for p in self.plans if p.block == i]
                 if i in pending:
-                    self._compress_block(i, plans, inputs, kwargs[i], lambda x, text: progress(done + x, total, text))
+                    self._compress_block(i, plans, inputs, kwargs[i], meter)
                 if inputs is not None and any(j > i for j in pending):
+                    meter.say(f"block {i + 1}: running the calibration text through the compressed block")
                     self._advance(i, plans, inputs, kwargs[i])
-                done += float(sum(p.shape[0] * p.shape[1] for p in plans if p.format))
-                progress(done, total, f"block {i + 1} of {len(blocks)}")
+                meter.finish(plans, f"block {i + 1} of {blocks}")
         finally:
             if inputs is not None:
                 inputs.close()
-        last = self.shards - 1
-        if not self.is_finished(last):
-            self._commit(last, _Stored(self.checkpoint, self.checkpoint.other_tensors()), [])
+        if blocks not in self.ledger.blocks:
+            outside = Stored(self.checkpoint, self.checkpoint.other_tensors())
+            self._commit(blocks, outside, outside.layout, [])
 
     def _compress_block(
-        self,
-        index: int,
-        plans: list[LayerPlan],
-        inputs: Activations | None,
-        kwargs: Mapping[str, Any],
-        progress: Callable[[float, str], None],
+        self, index: int, plans: list[LayerPlan], inputs: Activations | None, kwargs: Mapping[str, Any], meter: _Meter
     ) -> None:
         ck = self.checkpoint
         todo = [p for p in plans if p.format]
         hessians: dict[str, Hessian] = {}
         if inputs is not None and todo:
-            progress(0.0, f"block {index + 1}: running the calibration text")
+            meter.say(f"block {index + 1}: running the calibration text")
             block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
-            materialise(block, {name.removeprefix(prefix): self._float(name) for name in ck.block_tensors(index)})
+            weights = {name.removeprefix(prefix): computable(ck, name, self.device) for name in ck.block_tensors(index)}
+            materialise(block, weights)
+            del weights
             hessians = collect(block, {p.name: ck.model.get_submodule(p.name) for p in todo}, inputs, kwargs, self.device)
             release(block)
         tensors: dict[str, Tensor] = {}
         rows: list[LayerRecord] = []
         done = 0.0
         for p in plans:
-            progress(done, p.name)
+            meter.tell(meter.done + done, meter.total, p.name)
             hessian = hessians.pop(p.name, None)
             stored, record = self._compress_layer(p, hessian.mean() if hessian is not None else None)
             tensors.update(stored)
             rows.append(record)
-            done += p.shape[0] * p.shape[1] if p.format else 0
+            done += _weights([p])
         replaced = {f"{p.name}.weight" for p in todo}
-        for name in ck.block_tensors(index):
-            if name not in replaced:
-                tensors[name] = _stored(ck, name)
-        self._commit(index, tensors, rows)
+        tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
+        self._commit(index, tensors, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, rows)
 
     def _compress_layer(self, p: LayerPlan, H: Tensor | None) -> tuple[dict[str, Tensor], LayerRecord]:
         """The stored tensors of one matrix, by full name, and its record."""
         started = time.perf_counter()
-        W = self._float(f"{p.name}.weight")
+        W = computable(self.checkpoint, f"{p.name}.weight", self.device)
         W = W.T.contiguous() if p.transposed else W
         common = {"name": p.name, "block": p.block, "shape": p.shape, "method": p.spec.method}
         if p.format is None:
@@ -198,6 +203,11 @@ class _Run:
         f = factorize(W, p.spec, H=H, generator=generator)
         assert f.format == p.format, f"{p.name}: planned {p.format}, made {f.format}"
         facts = certify(W, f, p.spec, H, generator)
+        if not math.isfinite(facts["error"]) or not math.isfinite(facts["certificate"]):
+            raise CheckpointError(
+                f"{p.name}: its values (norm {facts['norm']:.3g}) leave the range of bfloat16 scales: "
+                "put it in modules_to_not_convert, or scale the model"
+            )
         note = "" if H is not None or self.tokens is None else "no calibration token reached it: compressed without data"
         facts["note"] = "; ".join(filter(None, [note, facts.get("note", "")]))
         fmt = f.format
@@ -216,28 +226,48 @@ class _Run:
     def _advance(self, index: int, plans: list[LayerPlan], inputs: Activations, kwargs: Mapping[str, Any]) -> None:
         """Run a finished block from its shard, as a resumed run would, to get the next block's inputs."""
         ck = self.checkpoint
-        swap(ck.model, {p.name: p.format for p in plans if p.format})
+        formats = {p.name: p.format for p in plans if p.format}
+        swap(ck.model, formats)
         block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
-        packed = {f"{p.name}.{part}" for p in plans if p.format for part in p.format.layout()}
-        stored = {name: entry.read() for name, entry in read_entries(self.shard(index)).items()}
-        tensors = {
-            name.removeprefix(prefix): (t if name in packed or not t.is_floating_point() else t.float()).to(self.device)
-            for name, t in stored.items()
-        }
+        packed = {f"{name}.{part}" for name, fmt in formats.items() for part in fmt.layout()}
+        tensors = {}
+        for name, entry in read_entries(self.shard(index)).items():
+            tensor = entry.read()
+            keep = name in packed or not tensor.is_floating_point()
+            tensors[name.removeprefix(prefix)] = (tensor if keep else tensor.float()).to(self.device)
         materialise(block, tensors)
         advance(block, inputs, kwargs, self.device)
         release(block)
 
-    def _commit(self, index: int, tensors: Mapping[str, Tensor], rows: list[LayerRecord]) -> None:
+    def _commit(self, index: int, tensors: Mapping[str, Tensor], layout: Layout, rows: list[LayerRecord]) -> None:
         """Write a shard, then its lines: in this order, so that a line never speaks of bytes that are not there."""
         path = self.shard(index)
-        digest_hex = write_shard(path, tensors)
+        digest_hex = write_shard(path, tensors, layout=layout)
         line = {
             "kind": "block",
             "index": index,
             "file": path.name,
             "bytes": path.stat().st_size,
             "sha256": digest_hex,
-            "tensor_bytes": sum(_nbytes(tensors, name) for name in tensors),
+            "tensor_bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()),
         }
         self.ledger.append([row.model_dump(mode="json") for row in rows] + [line])
+
+
+def _weights(plans: list[LayerPlan]) -> float:
+    """Entries of the matrices that are compressed."""
+    return float(sum(p.shape[0] * p.shape[1] for p in plans if p.format))
+
+
+def _base_name(path: Path, model: str) -> str:
+    """The name of the base model: a Hub id as given, else the folder's or file's own name, never a path."""
+    return path.resolve().name if Path(model).expanduser().exists() else model
+
+
+def _identities(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """SHA-256 of the source's small files, and whether they are copied; all of them change what a run makes."""
+    out = {name: {"sha256": hashlib.sha256(content).hexdigest(), "copied": True} for name, content in files.items()}
+    config = path / "config.json"
+    if path.is_dir() and config.is_file():
+        out["config.json"] = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest(), "copied": False}
+    return out

@@ -10,7 +10,9 @@ import torch
 
 from lplr.recipe import Recipe
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
-from lplr.stream.checkpoint import Checkpoint, LayerPlan
+from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
+from lplr.stream.device import usable_device
+from lplr.stream.shards import shard_header, shard_name
 
 LIBRARIES = 600 << 20  # resident size of Python, torch and transformers before any weight is read
 OVERHEAD = 2.0  # wall time over the time of the matrix products alone, measured on SmolLM2-135M (eval/quality/methods.py)
@@ -18,7 +20,7 @@ OVERHEAD = 2.0  # wall time over the time of the matrix products alone, measured
 
 @dataclass(frozen=True)
 class Estimate:
-    """bytes of all weight files, of the peak memory, of the activations on disk; seconds on this machine."""
+    """output_bytes is the sum of all tensors, files the size of each weight file; seconds are for this machine."""
 
     weights: int
     bits_per_weight: float
@@ -26,6 +28,7 @@ class Estimate:
     bits_per_parameter: float
     source_bytes: int
     output_bytes: int
+    files: dict[str, int]
     memory_bytes: int
     disk_bytes: int
     seconds: float
@@ -33,6 +36,7 @@ class Estimate:
 
 def estimate(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> Estimate:
     """Size and bits are exact; memory is an upper estimate; time follows a measured matrix product of a tenth of a second."""
+    device = usable_device(recipe.device)
     view = checkpoint.view
     compressed = {f"{p.name}.weight": p for p in plans if p.format}
     sizes = {name: prod(view.shape(name)) for name in view.names()}
@@ -49,10 +53,26 @@ def estimate(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> 
         bits_per_parameter=8 * output / parameters,
         source_bytes=sum(view.nbytes(name) for name in view.names()),
         output_bytes=output,
+        files=_files(checkpoint, plans),
         memory_bytes=memory,
         disk_bytes=disk,
-        seconds=OVERHEAD * flops(checkpoint, plans, recipe) / matmul_rate(torch.device(recipe.device)),
+        seconds=OVERHEAD * flops(checkpoint, plans, recipe) / matmul_rate(device),
     )
+
+
+def _files(checkpoint: Checkpoint, plans: list[LayerPlan]) -> dict[str, int]:
+    """Name -> bytes of every weight file, headers included."""
+    count = len(checkpoint.stack)
+    out = {}
+    for index in range(count + 1):
+        names = checkpoint.block_tensors(index) if index < count else checkpoint.other_tensors()
+        layout = dict(Stored(checkpoint, names).layout)
+        for p in plans:
+            if p.block == index and p.format:
+                del layout[f"{p.name}.weight"]
+                layout |= {f"{p.name}.{part}": entry for part, entry in p.format.layout().items()}
+        out[shard_name(index, count + 1)] = shard_header(layout)[2]
+    return out
 
 
 def flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
@@ -77,10 +97,10 @@ def matmul_rate(device: torch.device) -> float:
     """Operations a second of a float32 matrix product, measured for about a tenth of a second."""
     size = 1024
     a = torch.ones(size, size, device=device)
-    a @ a
+    out = torch.mm(a, a)
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < 0.1:
-        a @ a
+        torch.mm(a, a, out=out)
         done += 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -48,6 +48,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
+def shard_name(index: int, shards: int) -> str:
+    """File name of one shard, as transformers writes it."""
+    return f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+
+
 def write_shard(
     path: Path,
     tensors: Mapping[str, Tensor],

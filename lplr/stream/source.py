@@ -197,8 +197,9 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-# What a source calls a module -> what transformers 5 calls it (`conversion_mapping.py`: mixtral, phimoe).
+# What a source calls a module -> what transformers 5 calls it (`conversion_mapping.py`: mixtral, phimoe; GPT-NeoX's head).
 _RENAMES = (
+    ("embed_out.", "lm_head."),
     (".block_sparse_moe.", ".mlp."),
     (".block_sparse_moe.gate.", ".mlp.router."),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lplr import records
 from lplr.errors import CheckpointError, OutputError, VerificationError
@@ -16,12 +17,18 @@ from lplr.factor import Factorization, Format, measured_error
 from lplr.nn.swap import is_conv1d
 from lplr.records import LEDGER, LayerRecord
 from lplr.stream.checkpoint import Checkpoint, open_checkpoint
+from lplr.stream.entries import Entry
 from lplr.stream.ledger import digest
-from lplr.stream.shards import sha256
-from lplr.stream.source import open_source, read_entries
+from lplr.stream.shards import INDEX, sha256
+from lplr.stream.source import read_entries
 
 AGAIN = "copy the folder again, or compress the model again"
-SLACK = 1e-5  # relative: two float32 products summed in different orders differ by less
+SAME = "give the model that was compressed"
+SLACK = 1e-5  # relative: sums of the same float64 numbers in another order differ by less
+ROUNDING = 1e-12  # of the norm: what is left of that difference where the error itself is next to nothing
+_LATER = (LEDGER, "report.html")  # files that come or change after the `done` line; evaluations and hidden files too
+
+Step = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
@@ -36,26 +43,36 @@ class Verified:
     worst_layer: str = ""
 
 
-def verify(
-    folder: Path | str, against: str | None = None, *, progress: Callable[[float, float, str], None] | None = None
-) -> Verified:
+@dataclass(frozen=True)
+class _Folder:
+    """A compressed folder whose files agree with their checksums."""
+
+    path: Path
+    done: dict[str, Any]
+    layers: dict[str, Format]
+    rows: dict[str, LayerRecord]
+    held: dict[str, Entry]
+
+
+def verify(folder: Path | str, against: str | None = None, *, progress: Step | None = None) -> Verified:
     """Check a folder written by `compress`; with `against`, recompute every layer's error from the base model's weights.
 
     Raises VerificationError at the first file, tensor, bit count or certificate that is not as recorded, and the errors
     of `open_checkpoint` for a base model that cannot be read.
     """
-    folder = Path(folder)
-    step = progress or (lambda *_: None)
-    entries = _entries(folder)
+    path, step = Path(folder), progress or (lambda *_: None)
+    entries = _entries(path)
     done = entries[-1]
-    _check_files(folder, done["files"], step)
-    layers = _config_layers(folder)
-    rows = {row.name: row for row in records.layers(entries)}
-    tensors = _check_tensors(folder, done, layers, rows)
-    if against is None:
-        return Verified(len(done["files"]), tensors, len(rows), done["bits_per_weight"])
-    worst, name = _check_certificates(folder, against, layers, rows, step)
-    return Verified(len(done["files"]), tensors, len(rows), done["bits_per_weight"], worst, name)
+    _check_files(path, done["files"], step)
+    try:
+        found = _Folder(
+            path, done, _config_layers(path), {row.name: row for row in records.layers(entries)}, _check_index(path)
+        )
+    except (CheckpointError, OutputError) as error:  # the files are those of the run, but say what no run says
+        raise VerificationError(str(error)) from None
+    _check_tensors(found)
+    worst, name = _check_against(found, against, step) if against is not None else (None, "")
+    return Verified(len(done["files"]), len(found.held), len(found.rows), done["bits_per_weight"], worst, name)
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
@@ -76,8 +93,8 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _check_files(folder: Path, files: dict[str, dict[str, Any]], step: Callable[[float, float, str], None]) -> None:
-    strangers = {p.name for p in folder.glob("*.safetensors")} - set(files)
+def _check_files(folder: Path, files: dict[str, dict[str, Any]], step: Step) -> None:
+    strangers = {p.name for p in folder.iterdir() if not p.name.startswith(("eval-", "."))} - {*files, *_LATER}
     if strangers:
         raise VerificationError(f"{folder} holds {min(strangers)}, which the run did not write: remove it")
     total = float(sum(facts["bytes"] for facts in files.values()))
@@ -96,65 +113,107 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]], step: Callable[
 
 
 def _config_layers(folder: Path) -> dict[str, Format]:
-    table = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
-    return {name: Format.from_dict(entry) for name, entry in table.items()}
+    try:
+        table = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+        return {name: Format.from_dict(entry) for name, entry in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{folder / 'config.json'} holds no table of layers ({error!r}): {AGAIN}") from None
 
 
-def _check_tensors(folder: Path, done: dict[str, Any], layers: dict[str, Format], rows: dict[str, LayerRecord]) -> int:
-    """Compare what the shards hold with config.json, the index and the records; returns the number of tensors."""
-    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    held = {name: e for file in sorted(set(weight_map.values())) for name, e in read_entries(folder / file).items()}
-    if set(held) != set(weight_map):
-        name = min(set(held) ^ set(weight_map))
-        raise VerificationError(f"tensor {name} is {'missing' if name in weight_map else 'unexpected'} in {folder}: {AGAIN}")
-    compressed = {name for name, row in rows.items() if row.stored == "compressed"}
-    if compressed != set(layers):
-        name = min(compressed ^ set(layers))
+def _check_index(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the shards, by name, once what they hold agrees with the index."""
+    try:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{folder / INDEX} holds no weight_map ({error!r}): {AGAIN}") from None
+    held: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_entries(folder / file).items():
+            if weight_map.get(name) != file:
+                raise VerificationError(f"tensor {name} of {file} stands elsewhere in {INDEX}: {AGAIN}")
+            held[name] = entry
+    if missing := sorted(set(weight_map) - set(held)):
+        raise VerificationError(f"tensor {missing[0]} is missing in {folder / weight_map[missing[0]]}: {AGAIN}")
+    return held
+
+
+def _check_tensors(found: _Folder) -> None:
+    """Compare what the shards hold with config.json and the records, to the bit."""
+    compressed = {name for name, row in found.rows.items() if row.stored == "compressed"}
+    if compressed != set(found.layers):
+        name = min(compressed ^ set(found.layers))
         raise VerificationError(f"layer {name} stands in only one of config.json and {LEDGER}: {AGAIN}")
-    for name, fmt in layers.items():
+    total = 0
+    for name, fmt in found.layers.items():
         bits = 0
         for part, (shape, dtype) in fmt.layout().items():
-            entry = held.get(f"{name}.{part}")
+            entry = found.held.get(f"{name}.{part}")
             if entry is None or tuple(entry.shape) != shape or entry.dtype != dtype:
                 state = "missing" if entry is None else f"{entry.dtype} {tuple(entry.shape)}"
                 raise VerificationError(f"tensor {name}.{part} is {state}, {dtype} {shape} expected: {AGAIN}")
             bits += 8 * entry.nbytes
-        if bits != rows[name].bits:
-            raise VerificationError(f"layer {name} takes {bits} bits, its record says {rows[name].bits}: {AGAIN}")
-    found = sum(8 * held[f"{name}.{part}"].nbytes for name, fmt in layers.items() for part in fmt.layout())
-    weights = sum(fmt.shape[0] * fmt.shape[1] for fmt in layers.values())
-    if abs(found / weights - done["bits_per_weight"]) > 1e-9:
-        raise VerificationError(f"{folder} takes {found / weights} bits per weight, its record says otherwise: {AGAIN}")
-    return len(held)
+        if bits != found.rows[name].bits:
+            raise VerificationError(f"layer {name} takes {bits} bits, its record says {found.rows[name].bits}: {AGAIN}")
+        total += bits
+    weights = sum(fmt.shape[0] * fmt.shape[1] for fmt in found.layers.values())
+    told = found.done["bits_per_weight"]
+    if total / weights != told:
+        raise VerificationError(f"{found.path} takes {total / weights} bits per weight, its record says {told}: {AGAIN}")
 
 
-def _check_certificates(
-    folder: Path, against: str, layers: dict[str, Format], rows: dict[str, LayerRecord], step: Callable[[float, float, str], None]
-) -> tuple[float, str]:
-    """The largest error / certificate over the layers, and where; VerificationError above 1."""
-    base: Checkpoint = open_checkpoint(against)
-    source = open_source(folder)
-    total = float(sum(fmt.shape[0] * fmt.shape[1] for fmt in layers.values()))
+def _check_against(found: _Folder, against: str, step: Step) -> tuple[float, str]:
+    """The largest error / certificate over the layers, and where; VerificationError above 1, or for another base model."""
+    base = open_checkpoint(against)
+    total = float(sum(fmt.shape[0] * fmt.shape[1] for fmt in found.layers.values()))
     seen, worst, worst_layer = 0.0, 0.0, ""
-    for name, fmt in layers.items():
+    for name, fmt in found.layers.items():
         step(seen, total, name)
-        row = rows[name]
-        try:
-            W = base.view.get(f"{name}.weight").float()
-        except CheckpointError:
-            raise VerificationError(f"{against} has no tensor {name}.weight: give the model that was compressed") from None
-        W = W.T if is_conv1d(base.model.get_submodule(name)) else W
-        if tuple(W.shape) != fmt.shape:
-            raise VerificationError(f"{name} is {tuple(W.shape)} in {against}, {fmt.shape} here: give the model that was compressed")
-        f = Factorization.from_tensors(fmt, {part: source.get(f"{name}.{part}") for part in fmt.layout()})
-        error = measured_error(W, f)
-        norm = float(torch.linalg.vector_norm(W.double()))
-        if abs(norm - row.norm) > SLACK * max(row.norm, norm):
-            raise VerificationError(f"{name} has norm {norm:.7g} in {against}, {row.norm:.7g} when compressed: give the same base model")
-        if error > row.certificate * (1 + SLACK):
+        row = found.rows[name]
+        error = _true_error(found, name, fmt, _base_weight(base, against, name, fmt))
+        slack = SLACK * max(error, row.error) + ROUNDING * row.norm
+        if not error <= row.certificate + slack:
             raise VerificationError(f"{name} has error {error:.7g}, above its certificate {row.certificate:.7g}: {AGAIN}")
+        if not abs(error - row.error) <= slack:
+            raise VerificationError(f"{name} has error {error:.7g}, its record says {row.error:.7g}: {AGAIN}")
         ratio = error / row.certificate if row.certificate else 0.0
         if ratio > worst:
             worst, worst_layer = ratio, name
         seen += fmt.shape[0] * fmt.shape[1]
+    _check_dense(found, base, against)
     return worst, worst_layer
+
+
+def _base_weight(base: Checkpoint, against: str, name: str, fmt: Format) -> Tensor:
+    try:
+        W = base.view.get(f"{name}.weight").float()
+        module = base.model.get_submodule(name)
+    except (CheckpointError, AttributeError):
+        raise VerificationError(f"{against} has no tensor {name}.weight: {SAME}") from None
+    W = W.T if is_conv1d(module) else W
+    if tuple(W.shape) != fmt.shape:
+        raise VerificationError(f"{name} is {tuple(W.shape)} in {against}, {fmt.shape} here: {SAME}")
+    return W
+
+
+def _true_error(found: _Folder, name: str, fmt: Format, W: Tensor) -> float:
+    """||W - W_hat||_F; VerificationError when W is not the matrix that was compressed."""
+    told = found.rows[name].norm
+    norm = float(torch.linalg.vector_norm(W.double()))
+    if not abs(norm - told) <= SLACK * max(told, norm):
+        raise VerificationError(f"{name} has norm {norm:.7g} in the base model, {told:.7g} when compressed: {SAME}")
+    return measured_error(W, Factorization.from_tensors(fmt, {p: found.held[f"{name}.{p}"].read() for p in fmt.layout()}))
+
+
+def _check_dense(found: _Folder, base: Checkpoint, against: str) -> None:
+    """Tensors that were not compressed are the base model's, bit for bit in the type that they are stored in."""
+    replaced = {f"{name}.weight" for name in found.layers}
+    packed = {f"{name}.{part}" for name, fmt in found.layers.items() for part in fmt.layout()}
+    dense = set(found.held) - packed
+    for name in sorted(dense | (set(base.view.names()) - replaced)):
+        if name not in found.held or name not in base.view.names():
+            where = found.path if name not in found.held else against
+            raise VerificationError(f"tensor {name} is missing in {where}: {SAME}")
+        here, there = found.held[name].read(), base.stored(name)
+        if here.dtype != there.dtype or not torch.equal(here, there):
+            raise VerificationError(f"tensor {name} is not the base model's: {SAME}, or {AGAIN}")

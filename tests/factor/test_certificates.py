@@ -110,10 +110,9 @@ def test_certificate_is_an_upper_bound(method: str, blocked: bool, monkeypatch: 
 def test_cancellation_falls_back_to_the_residual() -> None:
     """W is L R up to 1e-9: the expansion of the square has no digit left, the certificate keeps four."""
     g = seeded(4)
-    l = quantize(torch.randn(60, 3, generator=g), 8, axis="tensor")
+    left = quantize(torch.randn(60, 3, generator=g), 8, axis="tensor")
     r = quantize(torch.randn(3, 50, generator=g), 8, axis="row")
-    l = QTensor(l.codes, 8, l.shape)
-    f = Factorization(l, r)
+    f = Factorization(QTensor(left.codes, 8, left.shape), r)
     exact = f.dequantize(torch.float64)
     assert exact_error(exact, f) <= 1e-12 * float(exact.norm())
     W = exact + 1e-9 * exact.abs().max() * torch.randn(60, 50, generator=g, dtype=torch.float64)

@@ -58,8 +58,8 @@ def test_noise_energy(ranges: str, grid: str) -> None:
         squares = []
         for _ in range(150):
             Y = M @ random_rotation(10, M, g)
-            l, left_out = quantize_l(Y, spec, g)
-            squares.append(float((Y - l.dequantize() * left_out).square().sum()))
+            packed, left_out = quantize_l(Y, spec, g)
+            squares.append(float((Y - packed.dequantize() * left_out).square().sum()))
         bound = noise_energy(spec, float(M.square().sum()), M.square().sum(1), 10)
         assert bound is not None
         # rows of two or three bits attain it but for the second Lloyd step

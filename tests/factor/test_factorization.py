@@ -1,0 +1,120 @@
+"""The packed value and its format: sums by hand, stored bits against bytes, damaged input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lplr.errors import CheckpointError
+from lplr.factor import Factorization, Format, factorize
+from lplr.kernels.hadamard import rotate, rotation_signs
+from lplr.quant import QTensor, quantize
+from lplr.recipe import FactorSpec, QuantSpec
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def several() -> list[Factorization]:
+    W = torch.randn(13, 10, generator=seeded(1))
+    q = QuantSpec(bits=3, ranges="row")
+    specs = [
+        FactorSpec(method="lplr", rank=3),
+        FactorSpec(method="lplr", rank=1, l=QuantSpec(bits=5, ranges="both"), r=QuantSpec(bits=1, ranges="both")),
+        FactorSpec(method="lplr_svd", rank=10, l=QuantSpec(bits=8, ranges="tensor"), r=QuantSpec(bits=7, ranges="tensor")),
+        FactorSpec(method="direct_svd", rank=4, l=QuantSpec(ranges="row"), r=QuantSpec(ranges="row")),
+        FactorSpec(method="naive", q=q),
+        FactorSpec(method="naive", q=QuantSpec(bits=2, ranges="tensor")),
+        FactorSpec(method="ldlq", q=q, q_narrow=4),
+        FactorSpec(method="ldlq", q=QuantSpec(bits=1, ranges="row"), q_narrow=3),
+        FactorSpec(method="caldera", rank=2, q=q, rotation=9),
+    ]
+    return [factorize(W, spec, generator=seeded(2)) for spec in specs]
+
+
+@pytest.mark.parametrize("f", several())
+def test_stored_bits_are_the_bytes_of_the_tensors(f: Factorization) -> None:
+    tensors = f.tensors()
+    assert f.stored_bits() == 8 * sum(t.numel() * t.element_size() for t in tensors.values())
+    assert f.stored_bits() == sum(part.stored_bits() for part in (f.l, f.r, f.q) if part is not None)
+    layout = f.format.layout()
+    assert list(layout) == list(tensors)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == layout
+    assert f.format.bits_per_weight == f.stored_bits() / 130
+
+
+@pytest.mark.parametrize("f", several())
+def test_round_trip_through_tensors_and_json(f: Factorization) -> None:
+    fmt = Format.from_dict(f.format.to_dict())
+    assert fmt == f.format
+    again = Factorization.from_tensors(fmt, f.tensors())
+    assert again.format == fmt and again.rank == f.rank and again.shape == (13, 10)
+    assert torch.equal(again.dequantize(), f.dequantize())
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors().values(), f.tensors().values(), strict=True))
+
+
+@pytest.mark.parametrize("f", several())
+def test_damaged_tensors_are_refused(f: Factorization) -> None:
+    tensors = f.tensors()
+    for name, tensor in tensors.items():
+        for damage in (None, tensor[:-1] if len(tensor) > 1 else torch.cat([tensor, tensor]), tensor.to(torch.float32)):
+            broken = {k: v for k, v in tensors.items() if k != name} | ({} if damage is None else {name: damage})
+            with pytest.raises(CheckpointError, match=f"{name} is .*compress the model again"):
+                Factorization.from_tensors(f.format, broken)
+
+
+def test_dequantize_by_hand() -> None:
+    g = seeded(3)
+    l, r, q = (quantize(torch.randn(*s, generator=g), 3, axis="row") for s in ((6, 2), (2, 5), (6, 5)))  # noqa: E741
+    product = l.dequantize(torch.float64) @ r.dequantize(torch.float64)
+    torch.testing.assert_close(Factorization(l, r).dequantize(torch.float64), product)
+    both = product + q.dequantize(torch.float64)
+    torch.testing.assert_close(Factorization(l, r, q).dequantize(torch.float64), both)
+    O = rotate(torch.eye(5, dtype=torch.float64), rotation_signs(4, 5))  # noqa: E741
+    turned = Factorization(l, r, q, 4)
+    torch.testing.assert_close(turned.dequantize(torch.float64), both @ O.T)
+    torch.testing.assert_close(turned.rotated(both @ O.T), both)
+
+
+def test_parts_that_do_not_fit_together() -> None:
+    q = quantize(torch.ones(3, 3), 2)
+    with pytest.raises(ValueError, match="L and R, or Q"):
+        Factorization()
+    with pytest.raises(ValueError, match="L and R, or Q"):
+        Factorization(l=q)
+    with pytest.raises(ValueError, match="column scale"):
+        Factorization(replace(q, row_scale=None, col_scale=torch.ones(3, dtype=torch.bfloat16)), q)
+    assert QTensor.from_codes(torch.zeros(3, 3, dtype=torch.uint8), 1).shape == (3, 3)
+
+
+GOOD = several()[8].format.to_dict()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [0, 3]},
+        {"shape": [3]},
+        {"shape": None},
+        {"rank": -1},
+        {"rank": 1 << 30},
+        {"rank": "many"},
+        {"l_bits": 9},
+        {"l_bits": 0},
+        {"q_bits": -1},
+        {"q_narrow": 10},
+        {"rotation": -1},
+        {"scales": {"row_scale": 4}},
+        {"scales": {"invented": 13}},
+        {"scales": [1]},
+    ],
+)
+def test_damaged_formats_are_refused(change: dict[str, object]) -> None:
+    assert Format.from_dict(GOOD)
+    with pytest.raises(CheckpointError, match="compress the model again"):
+        Format.from_dict({**GOOD, **change})
+    with pytest.raises(CheckpointError, match="damaged"):
+        Format.from_dict({k: v for k, v in GOOD.items() if k not in change})
