@@ -31,7 +31,7 @@ bench: $(STAMP)  ## the benchmarks of eval/
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 report: $(STAMP)  ## the report page of the demo
 	$(BIN)/lplr report lplr-demo/4bpw

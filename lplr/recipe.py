@@ -25,11 +25,12 @@ class QuantSpec(_Spec):
     """One factor's grid: 2**bits equally spaced points on [-range, range].
 
     ranges: one for the whole factor (`tensor`), one a row or column of W (`row`: the rows of L, the columns of R),
-    one a column of L and row of R (`rank`), or the product of the last two (`both`).  clip: the range is the largest magnitude (`max`), or the one of least
-    mean squared error (`mse`).  Rounding is to the nearest point, or stochastic: dithered and unbiased.
+    one a column of L and row of R (`rank`), or the product of the last two (`both`).  clip: the range is the largest
+    magnitude (`max`), or the one of least mean squared error (`mse`).  Rounding is to the nearest point, or
+    stochastic: dithered and unbiased.
     """
 
-    bits: int = Field(2, ge=1, le=8)
+    bits: int = Field(default=2, ge=1, le=8)
     rounding: Rounding = "nearest"
     ranges: Ranges = "rank"
     clip: Literal["max", "mse"] = "mse"
@@ -45,17 +46,17 @@ class FactorSpec(_Spec):
     """
 
     method: str = "auto"
-    bits_per_weight: float | None = Field(None, gt=0, le=16)
-    rank: int | None = Field(None, ge=0)
-    l: QuantSpec | None = None  # noqa: E741  (the papers' letter)
+    bits_per_weight: float | None = Field(default=None, gt=0, le=16)
+    rank: int | None = Field(default=None, ge=0)
+    l: QuantSpec | None = None
     r: QuantSpec | None = None
     q: QuantSpec | None = None
-    q_narrow: int = Field(0, ge=0)
-    rotation: int | None = Field(None, ge=0, lt=1 << 63)
+    q_narrow: int = Field(default=0, ge=0)
+    rotation: int | None = Field(default=None, ge=0, lt=1 << 63)
     rounding: Rounding = "nearest"
     sketch: Sketch = "gaussian"
-    power_iterations: int = Field(0, ge=0, le=16)
-    alternations: int = Field(0, ge=0, le=100)
+    power_iterations: int = Field(default=0, ge=0, le=16)
+    alternations: int = Field(default=0, ge=0, le=100)
 
 
 class Rule(_Spec):

@@ -2,8 +2,9 @@
 
     python eval/quality/methods.py [--bits 0.5 0.75 1 1.5 2 3 4] [--blocks 2 12 24]
 
-Prints, for every budget and method, the mean over matrices of sqrt(tr(E H E^T) / tr(W H W^T)), E on held-out second moments (other
-text than the calibration's), and the seconds; `factor.rank.BACKBONE_FROM` and `default_factor_bits` follow this table.
+Prints, for every budget and method, the mean over matrices of sqrt(tr(E H E^T) / tr(W H W^T)), on held-out second moments
+(other text than the calibration's) and in sample, and the seconds.  `factor.rank.BACKBONE_FROM` and `default_factor_bits`
+follow this table.
 """
 
 from __future__ import annotations

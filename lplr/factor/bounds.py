@@ -10,8 +10,7 @@ basis, q > 0 (P)      tau_k^2 + sum_{j>k} sigma_j^4q sum_{i<=k} sigma_i^(2-4q) /
 basis, exact SVD (S)  tau_m^2 + E||E1 X||_F^2
 second factor         sum_i ||l_i||^2 sum_j H_jj Var_ij    given L (stochastic), a worst case (nearest)
 
-Every statement, its conditions and its proof stand in docs/bounds.md under the same letters.  Where no theorem covers a
-setting the bound says so: holds = "none".
+Conditions and proofs: docs/bounds.md, same letters.  Where no theorem covers a setting the bound says so: holds = "none".
 Sources: Saha, Srivastava, Pilanci, NeurIPS 2023 (the setting); Halko, Martinsson, Tropp, SIAM Review 2011, Theorem 10.5.
 """
 
@@ -112,10 +111,6 @@ class _Case:
         C = self.C.double()
         return float((C @ C.T).abs().sum(1).max()) * (1 + 1e-9)
 
-    @property
-    def rank(self) -> int:
-        return self.spec.rank or 0
-
 
 def error_bound(
     W: Tensor,
@@ -191,7 +186,7 @@ def _lplr_svd(case: _Case) -> Bound:
 
 def _direct_svd(case: _Case) -> Bound:
     """(D): both factors are known before they are rounded, so every scale is."""
-    spec, m = case.spec, case.rank
+    spec, m = case.spec, case.spec.rank or 0
     assert spec.l and spec.r
     U, s, _ = torch.linalg.svd(case.B, full_matrices=False)
     U = U[:, :m].contiguous()
@@ -251,19 +246,8 @@ def _ldlq(case: _Case) -> Bound:
 
 
 def _caldera(case: _Case) -> Bound:
-    """(C): the backbone never enlarges what L R leaves, if it is rounded to nearest in the Frobenius norm."""
-    spec = case.spec
-    if spec.q is None:
-        return _lplr(case)
-    if case.C is not None and spec.q.rounding == "nearest":
-        return Bound({}, "none", _FEEDBACK)
-    if not spec.rank:
-        return _naive(case)
-    if case.C is not None or spec.q.clip != "mse" or spec.q.rounding != "nearest":
-        return Bound({}, "none", "no statement: no theorem covers this rounding of Q after L R")
-    if not spec.alternations:
-        return Bound({}, "none", "no statement: L of the first round is not kept (with alternations the trivial bound holds)")
-    return _capped(case)
+    """(0): nothing is known of Q's rounding of what L R leaves before it is done; the method falls back to zero."""
+    return _lplr(case) if case.spec.q is None else _capped(case)
 
 
 _FEEDBACK = "no statement: feedback rounding (LDLQ) may push entries of Q beyond its range"
@@ -298,7 +282,7 @@ def _tails(case: _Case) -> Tensor:
 
 def _gaussian_basis(case: _Case) -> list[Bound]:
     """(T), first three terms, at the best k; nothing where m < 3 or the grid is not covered."""
-    quant, m, n = case.spec.l, case.rank, case.A.shape[0]
+    quant, m, n = case.spec.l, case.spec.rank or 0, case.A.shape[0]
     assert quant is not None
     if m < 3 or quant.clip != "max" or quant.ranges == "both":
         return []
@@ -321,7 +305,7 @@ def _gaussian_basis(case: _Case) -> list[Bound]:
 
 def _power_basis(case: _Case) -> list[Bound]:
     """(P) at the best k: power iterations end in an orthonormal, randomly rotated sketch."""
-    quant, m, q = case.spec.l, case.rank, case.spec.power_iterations
+    quant, m, q = case.spec.l, case.spec.rank or 0, case.spec.power_iterations
     assert quant is not None
     if m < 3:
         return []
@@ -343,7 +327,7 @@ def _power_basis(case: _Case) -> list[Bound]:
 
 def _svd_basis(case: _Case) -> list[Bound]:
     """(S): the exact leading subspace, scaled by the root of its singular values and randomly rotated."""
-    quant, m, n = case.spec.l, case.rank, case.A.shape[0]
+    quant, m, n = case.spec.l, case.spec.rank or 0, case.A.shape[0]
     assert quant is not None
     U, s, _ = torch.linalg.svd(case.B, full_matrices=False)
     s = s.double()

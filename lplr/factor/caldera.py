@@ -24,24 +24,29 @@ ROUNDS = 2  # a third never paid on SmolLM2-135M; the best round is kept in any 
 
 
 def caldera(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
-    """A (n x d) ~ Q + L R; rank 0 gives Q alone, no q the factors alone."""
+    """A (n x d) ~ Q + L R; rank 0 gives Q alone, no q the factors alone.
+
+    The error never exceeds ||A C||_F: where no round beats zero, that is returned.
+    """
     if spec.q is None:
         return lplr(A, spec, C, generator)
     H = None if C is None else C @ C.T
-    best, least = Factorization(q=_backbone(A, spec.q, H, generator)), torch.inf
-    if not spec.rank:
-        return best
+    best, least = None, float(torch.linalg.vector_norm(A if C is None else A @ C))
     residual = A
-    for _ in range(ROUNDS):
-        low_rank = lplr(residual, spec, C, generator)
-        target = A - low_rank.dequantize(A.dtype)
+    for _ in range(ROUNDS if spec.rank else 1):
+        low_rank = lplr(residual, spec, C, generator) if spec.rank else None
+        target = A if low_rank is None else A - low_rank.dequantize(A.dtype)
         q = _backbone(target, spec.q, H, generator)
         rounded = q.dequantize(A.dtype)
         error = target - rounded
         size = float(torch.linalg.vector_norm(error if C is None else error @ C))
-        if size < least:
-            best, least = Factorization(low_rank.l, low_rank.r, q), size
+        l, r = (None, None) if low_rank is None else (low_rank.l, low_rank.r)
+        if size <= least:
+            best, least = Factorization(l, r, q), size
+        elif best is None:
+            best = Factorization(l, None if r is None else r.zeroed(), q.zeroed())
         residual = A - rounded
+    assert best is not None
     return best
 
 

@@ -118,7 +118,7 @@ class Factorization:
     in the basis of the rotated inputs, W x = (Q + L R)(O^T x).  The scale along the rank is held once, as R's row scale.
     """
 
-    l: QTensor | None = None  # noqa: E741  (the papers' letter)
+    l: QTensor | None = None
     r: QTensor | None = None
     q: QTensor | None = None
     rotation: int = 0
@@ -174,9 +174,9 @@ class Factorization:
         for name, (part, field) in _PARTS.items():
             if name in tensors:
                 fields[part][field] = tensors[name]
-        l = r = q = None  # noqa: E741
+        l = r = q = None
         if fmt.rank:
-            l = QTensor(bits=fmt.l_bits, shape=(n, fmt.rank), **fields["l"])  # noqa: E741
+            l = QTensor(bits=fmt.l_bits, shape=(n, fmt.rank), **fields["l"])
             r = QTensor(bits=fmt.r_bits, shape=(fmt.rank, d), **fields["r"])
         if fmt.q_bits:
             q = QTensor(bits=fmt.q_bits, shape=fmt.shape, narrow=fmt.q_narrow, **fields["q"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.quant.qtensor import QTensor, round_scale
 from lplr.recipe import FactorSpec
+
+SAFE = 2.0**-20, 2.0**20  # largest magnitudes whose squares and sums stay within float32
 
 # (A, planned spec, C or None, generator) -> Factorization; H = C C^T is the metric
 METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator], Factorization]] = {
@@ -41,7 +44,8 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
     """
     if W.dim() != 2 or 0 in W.shape:
         raise RecipeError(f"factorize got a tensor of shape {tuple(W.shape)}: a matrix with entries is expected")
-    if not bool(torch.isfinite(W).all()):
+    largest = float(torch.linalg.vector_norm(W, ord=torch.inf))  # NaN and Inf show in it
+    if not math.isfinite(largest):
         raise CheckpointError("the matrix holds NaN or Inf: repair the checkpoint, or leave this module out")
     spec = plan((W.shape[0], W.shape[1]), spec)
     method = choose(METHODS, spec.method, "method")
@@ -51,9 +55,8 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
             "per weight: raise the budget or choose another method"
         )
     A = W if W.dtype == torch.float64 else W.float()
-    largest = float(A.abs().max())
-    unit = 2.0 ** torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() if largest else 1.0
-    A = A / unit
+    unit = 1.0 if SAFE[0] <= largest <= SAFE[1] or largest == 0 else 2.0 ** math.frexp(largest)[1]
+    A = A / unit if unit != 1.0 else A
     H = None if H is None else damped(H.to(A.dtype))
     if spec.rotation:
         signs = rotation_signs(spec.rotation, A.shape[1])

@@ -86,8 +86,15 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., n) in x's dtype."""
         fmt = self.format
-        bits = {"l_bits": fmt.l_bits, "r_bits": fmt.r_bits, "q_bits": fmt.q_bits, "q_narrow": fmt.q_narrow}
-        y = lowrank_linear(x, **bits, signs=self._signs, **self.stored())
+        y = lowrank_linear(
+            x,
+            l_bits=fmt.l_bits,
+            r_bits=fmt.r_bits,
+            q_bits=fmt.q_bits,
+            q_narrow=fmt.q_narrow,
+            signs=self._signs,
+            **self.stored(),
+        )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:

@@ -296,7 +296,6 @@ def test_no_statement_says_why() -> None:
     stoch = quant(4, "rank")
     for spec in (
         FactorSpec(method="lplr", rank=5, l=stoch, r=stoch),
-        FactorSpec(method="caldera", rank=5, q=QuantSpec(bits=2, ranges="row")),
         FactorSpec(method="lplr", bits_per_weight=0.01),
     ):
         bound = error_bound(W, spec)

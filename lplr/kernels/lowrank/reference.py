@@ -2,9 +2,9 @@
 
     y = (((x * col) C_R^T) * rank) C_L^T * row  +  ((x * q_col) C_Q^T) * q_row
 
-where x is rotated first if the weight stands in a rotated basis.  C are the odd integer levels 2 c - (2^B - 1), at most 255 in magnitude, so they are exact in bfloat16 and
-wider.  float16 is computed in float32: a sum of levels times activations passes 65504 long before
-the row scale brings it back into range.
+where x is rotated first if the weight stands in a rotated basis.  C are the odd integer levels 2 c - (2^B - 1), at most
+255 in magnitude, so they are exact in bfloat16 and wider.  float16 is computed in float32: a sum of levels times
+activations passes 65504 long before the row scale brings it back into range.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def lowrank_linear(
 ) -> Tensor:
     """y (..., n) of x (..., d); the names are those of `factor.Format.layout`.
 
-    l_codes: (n, packed r), r_codes: (r, packed d), q_codes: (n, packed d - q_narrow), q_narrow_codes: (n, packed
-    q_narrow), uint8; a scale is a vector along its side, of its full length or 1, and a missing one is one.  signs (2, d) rotate x first
-    (`kernels.hadamard.rotate`).  The result has x's dtype and any leading sizes, zero included.
+    l_codes: (n, packed r), r_codes: (r, packed d), q_codes: (n, packed d - q_narrow), q_narrow_codes: (n, packed q_narrow),
+    uint8; a scale is a vector along its side, of its full length or 1, and a missing one is one.  signs (2, d) rotate x
+    first (`kernels.hadamard.rotate`).  The result has x's dtype and any leading sizes, zero included.
     Raises ValueError when neither L and R nor Q is given, or when x does not fit the packed width.
     """
     inner = x.to(_COMPUTE.get(x.dtype, torch.float32))
