@@ -7,6 +7,7 @@ Exit status: 0 done, 2 a clear error on one line, 130 stopped by the user (nothi
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ from rich.table import Table
 import lplr
 from lplr.errors import LplrError, RecipeError
 from lplr.recipe import Recipe, load_recipe, make_recipe
+
+# read by OpenMP when torch is imported, which no command has done yet: threads that wait must not spin, or a second busy process
+# on the machine slows every small operation down many times
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(
     name="lplr",

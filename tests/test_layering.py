@@ -44,8 +44,7 @@ def imports(path: Path, tree: ast.AST) -> Iterator[tuple[str, int]]:
             names = [f"{source}.{alias.name}" for alias in node.names] if source == "lplr" else [source]
             yield from ((name, node.lineno) for name in names)
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("import_module", "__import__"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value), node.lineno
+            yield from ((str(arg.value), node.lineno) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
 def broken(path: Path) -> list[str]:

@@ -36,5 +36,5 @@ def test_import_loads_nothing_heavy(statement: str):
 
 def test_transformers_knows_the_format_whichever_is_imported_first():
     check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'lplr' in m"
-    for code in (f"import lplr; {check}", f"import transformers; import lplr; {check}", f"import torch, lplr; {check}"):
+    for code in (f"import lplr; {check}", f"from transformers.quantizers import auto; import lplr; {check}"):
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

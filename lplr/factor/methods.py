@@ -44,7 +44,10 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
     """
     if W.dim() != 2 or 0 in W.shape:
         raise RecipeError(f"factorize got a tensor of shape {tuple(W.shape)}: a matrix with entries is expected")
-    largest = float(torch.linalg.vector_norm(W, ord=torch.inf))  # NaN and Inf show in it
+    low, high = W.aminmax()
+    largest = max(-float(low), float(high))
+    if math.isnan(float(low)):  # aminmax hands NaN on
+        largest = math.nan
     if not math.isfinite(largest):
         raise CheckpointError("the matrix holds NaN or Inf: repair the checkpoint, or leave this module out")
     spec = plan((W.shape[0], W.shape[1]), spec)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from lplr.errors import CheckpointError, HubError, UnsupportedModel
 from lplr.hf.gguf import gguf_tokenizer
 from lplr.hf.quantizer import compressed_layers
+from lplr.hf.quiet import quiet
 from lplr.hf.register import register
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: A
     if "gguf_file" in arguments:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "mismatch" not in str(error):
             raise  # transformers tells of a misshapen tensor by "mismatch"; anything else is a fault of the program
@@ -111,7 +113,8 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         return gguf_tokenizer(Path(path).expanduser())
     name, arguments = _source(path, ("tokenizer_config.json", "tokenizer.json", "config.json"), **kwargs)
     try:
-        return AutoTokenizer.from_pretrained(name, **arguments)
+        with quiet():
+            return AutoTokenizer.from_pretrained(name, **arguments)
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise  # the tokenizers package raises the plain class for a damaged file

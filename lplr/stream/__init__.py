@@ -3,4 +3,13 @@
 source      where weights come from (safetensors folders, GGUF files), under the names of the module tree
 entries     one safetensors file, read defensively
 shards      where they go: safetensors files and texts that appear whole or not at all
+checkpoint  an input opened: config, model on meta, and the plan of every matrix
+calibrate   the text, the inputs of each block, and the second moments of each layer's input
+compress    the driver
+ledger      run.jsonl: the identity of a run, what of it is finished, and the lock of its folder
+finish      index, recipe, card, config.json and the checksums of a finished folder
+verify      a finished folder against its records and its base model
+estimate    what a run will take, from shapes alone
+inspect     stable rank and energy of each matrix
+device      where to compute
 """

@@ -202,13 +202,16 @@ def embed(
     materialise(ck.model, {name: computable(ck, name, device) for name in outside}, skip=skip)
     rows, seqlen = tokens.shape
     size = batch_rows(rows, seqlen)
-    activations, kwargs = None, []
-    for start in range(0, len(tokens), size):
-        hidden, kwargs = capture_block_inputs(ck.model, tokens[start : start + size].to(device))
-        if activations is None:
-            activations = Activations(rows, seqlen, hidden.shape[-1], folder)
-        activations.set(slice(start, start + size), hidden)
-    assert activations is not None
+    hidden, kwargs = capture_block_inputs(ck.model, tokens[:size].to(device))
+    activations = Activations(rows, seqlen, hidden.shape[-1], folder)
+    try:
+        activations.set(slice(0, size), hidden)
+        for start in range(size, rows, size):
+            hidden, kwargs = capture_block_inputs(ck.model, tokens[start : start + size].to(device))
+            activations.set(slice(start, start + size), hidden)
+    except BaseException:
+        activations.close()
+        raise
     for name in dict.fromkeys(name.rpartition(".")[0] for name in outside):
         release(ck.model.get_submodule(name))
     return activations, kwargs

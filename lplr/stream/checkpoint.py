@@ -25,7 +25,7 @@ from lplr.stream.shards import Layout
 from lplr.stream.source import ModuleView, TensorSource, check_finite, open_source
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from lplr.hf.skeleton import PretrainedConfig, PreTrainedModel
 
 QUANTIZED_TO = torch.bfloat16  # what tensors that a GGUF file holds quantized are stored as when they stay dense
 

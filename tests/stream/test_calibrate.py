@@ -1,0 +1,124 @@
+"""The second moments that the driver uses, against those seen by hooks on whole models; the store of activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pico
+import pytest
+import torch
+
+from lplr.errors import OutputError
+from lplr.hf.load import load_model
+from lplr.recipe import make_recipe
+from lplr.stream import calibrate, compress
+from lplr.stream.calibrate import Activations, InputMoments, batch_rows
+
+
+def moments(model: Any, names: list[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """E[x x^T] of each layer's input in float64, by plain hooks on a whole forward pass."""
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
+            sums[name] = sums.get(name, 0) + x.T @ x
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return note
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    with torch.no_grad():
+        for row in tokens:
+            model(input_ids=row[None])
+    for handle in handles:
+        handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "mixtral", "opt"])
+def test_hessians_are_those_of_the_model_with_its_prefix_compressed(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = checkpoints.write(tmp_path / "base", architecture)
+    seen: dict[str, torch.Tensor] = {}
+    windows: list[torch.Tensor] = []
+    true_layer, true_windows = compress._Run._compress_layer, compress.calibration_windows
+
+    def layer(self: Any, p: Any, H: torch.Tensor | None) -> Any:
+        if H is not None:
+            seen[p.name] = H.clone()
+        return true_layer(self, p, H)
+
+    def spy(*arguments: Any) -> Any:
+        found = true_windows(*arguments)
+        windows.append(found[0])
+        return found
+
+    monkeypatch.setattr(compress._Run, "_compress_layer", layer)
+    monkeypatch.setattr(compress, "calibration_windows", spy)
+    chosen = {"dataset": str(source / "text.txt"), "nsamples": 6, "seqlen": 32, "alternations": 0, "bits": 3}
+    compress.compress(make_recipe({"model": str(source), **chosen}), tmp_path / "out")
+    from lplr.hf.skeleton import blocks
+    from lplr.nn import defuse
+
+    dense, mixed = load_model(source), load_model(tmp_path / "out")
+    defuse(dense)
+    prefix, originals = blocks(dense)
+    stack: Any = mixed.get_submodule(prefix)
+    for index in reversed(range(len(stack))):  # block `index` and those behind it dense, those before it compressed
+        stack[index] = originals[index]
+        names = [name for name in seen if name.startswith(f"{prefix}.{index}.")]
+        assert names
+        for name, wanted in moments(mixed, names, windows[0]).items():
+            # float32 sums over 192 inputs, through up to three blocks run in other batches
+            assert torch.allclose(seen[name].double(), wanted, rtol=2e-3, atol=2e-4 * float(wanted.diagonal().mean()))
+
+
+def test_layers_that_share_an_input_share_a_hessian():
+    made = pico.model("llama")
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    attention = made.model.layers[0].self_attn
+    with InputMoments({n: getattr(attention, n) for n in names}) as context, torch.no_grad():
+        for _ in range(2):
+            made(input_ids=pico.tokens())
+            context.end_pass()
+    h = context.hessians
+    assert h["q_proj"] is h["k_proj"] is h["v_proj"] is not h["o_proj"]
+    assert h["q_proj"].rows == h["o_proj"].rows == 2 * 2 * 11
+
+
+@pytest.mark.parametrize("limit", [1 << 28, 0])
+def test_activations_are_what_was_put_in_wherever_they_lie(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+):
+    monkeypatch.setattr(calibrate, "ACTIVATION_LIMIT", limit)
+    store = Activations(6, 5, 3, tmp_path)
+    value = torch.randn(6, 5, 3, generator=generator)
+    store.set(slice(4, 6), value[4:])
+    store.set(slice(0, 4), value[:4])
+    got = store.get(slice(1, 6))
+    assert torch.equal(got, value[1:])
+    got.zero_()  # a copy: the store keeps its own
+    assert torch.equal(store.get(slice(0, 6)), value)
+    assert [i for s in store.batches() for i in range(s.start, s.stop)] == list(range(6))
+    assert not list(tmp_path.iterdir())  # the file has no name: nothing is left behind, however the process ends
+    store.close()
+
+
+def test_a_file_of_activations_that_is_cut_short_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(calibrate, "ACTIVATION_LIMIT", 0)
+    store = Activations(4, 5, 3, tmp_path)
+    store.set(slice(0, 2), torch.ones(2, 5, 3))
+    with pytest.raises(OutputError, match="activations"):
+        store.get(slice(2, 4))
+    store.close()
+
+
+@pytest.mark.parametrize("rows, seqlen, most", [(1, 10**6, 1), (128, 512, 8), (7, 512, 7), (11, 512, 1), (12, 1024, 4)])
+def test_batches_are_of_equal_size_and_bounded(rows: int, seqlen: int, most: int):
+    assert batch_rows(rows, seqlen) == most
+    assert rows % batch_rows(rows, seqlen) == 0
