@@ -91,7 +91,7 @@ class _Case:
 
     @cached_property
     def row_squares(self) -> Tensor:
-        return self.B.double().square().sum(1)
+        return torch.linalg.vector_norm(self.B, dim=1, dtype=torch.float64).square()
 
     @cached_property
     def energy(self) -> float:

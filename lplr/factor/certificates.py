@@ -29,6 +29,7 @@ from lplr.quant.qtensor import QTensor
 from lplr.recipe import FactorSpec
 
 PROBES, FAILURE = 64, 1e-6
+METRIC_UP_TO = 2048  # inputs up to which sigma_min(C) is bounded, by a Cholesky factorization in float64
 SAMPLE = 48  # singular values kept in a record
 _BLOCK = 1 << 21  # entries of W widened to float64 at once
 _ROTATION = 4096  # length of gamma that covers a rotation in float64: at most 2 x 4 products with 64 x 64 matrices
@@ -37,7 +38,6 @@ _CANCELLED = 1e-4  # relative allowance above which the Gram route gives way to 
 
 def measured_error(W: Tensor, f: Factorization) -> float:
     """||W - Q - L R||_F, residuals and their squares in float64, a block of rows at a time; 2 n d r operations."""
-    W, f, _ = _aligned(W, f)
     R = None if f.r is None else f.r.dequantize(torch.float64)
     norms = []
     for W_i, L_i, Q_i in _row_blocks(W, f):
@@ -73,7 +73,6 @@ def exact_error(W: Tensor, f: Factorization) -> float:
 
     Otherwise the residual itself, transposed (2 n d r).  Float64, by blocks of rows; memory (n + d) r and one block.
     """
-    W, f, _ = _aligned(W, f)
     n, d = f.shape
     if f.l is not None and f.rank * (n + d) < n * d:
         square, allowance = _gram_square(W, f)
@@ -133,7 +132,6 @@ def probe_certificate(
     """
     if probes < 1 or not 0 < failure < 1:
         raise RecipeError(f"{probes} probes, failure {failure}: one probe or more and a probability inside (0, 1) are expected")
-    W, f, _ = _aligned(W, f)
     G = torch.randn(f.shape[1], probes, generator=generator, device=W.device, dtype=torch.float64)
     R = None if f.r is None else f.r.dequantize(torch.float64)
     RG = None if R is None else R @ G
@@ -170,10 +168,9 @@ def certify(W: Tensor, f: Factorization, spec: FactorSpec, H: Tensor | None, gen
     """Fields of a LayerRecord: norm, error, certificates, bound, optimum, weighted error, a sample of the spectrum, note.
 
     optimal is that of rank f.rank, without quantization (None where there is a backbone Q, or no low-rank part).
-    With a metric the a-priori bound, on ||E C||_F, is divided by a lower bound on sigma_min(C).
+    With a metric the a-priori bound, on ||E C||_F, is divided by a lower bound on sigma_min(C); None above METRIC_UP_TO inputs.
     """
     sigma = spectrum(W)
-    W, f, H = _aligned(W, f, H)
     spec = plan((W.shape[0], W.shape[1]), spec)
     once = spec.alternations == 0 and spec.method in ("lplr", "lplr_svd") and f.l is not None
     L = f.l.dequantize(W.dtype if W.dtype == torch.float64 else torch.float32) if once and f.l is not None else None
@@ -197,6 +194,8 @@ def certify(W: Tensor, f: Factorization, spec: FactorSpec, H: Tensor | None, gen
 
 def _frobenius(bound: Bound, W: Tensor, H: Tensor | None, rotation: int) -> tuple[float | None, str]:
     """The bound as one on ||E||_F, and what is to be said about it."""
+    if bound.rms is not None and H is not None and len(H) > METRIC_UP_TO:
+        return None, f"bound ({bound.holds}), in the metric alone: {bound.statement}"
     if bound.rms is None or H is None:
         return bound.rms, f"bound ({bound.holds}): {bound.statement}" if bound.rms is not None else f"bound: {bound.statement}"
     smallest = least_singular_value(H.to(W.dtype if W.dtype == torch.float64 else torch.float32), rotation)
@@ -219,17 +218,6 @@ def least_singular_value(H: Tensor, rotation: int = 0) -> float:
         if not int(torch.linalg.cholesky_ex(shifted).info):
             return math.sqrt(max(0.0, mu - 4 * _gamma(len(metric) + 1) * float(metric.diagonal().sum())))
     return 0.0
-
-
-def _aligned(W: Tensor, f: Factorization, H: Any = None) -> tuple[Tensor, Factorization, Any]:
-    """W and H in the basis in which Q + L R stands, rotated in float64, and the factorization that then has no rotation.
-
-    The rotation is orthogonal, so every norm keeps its value but for a relative 1e-15 times the number of its stages.
-    """
-    if not f.rotation:
-        return W, f, H
-    metric = None if H is None else f.rotated(f.rotated(H.double()).T).to(H.dtype)
-    return f.rotated(W.double()), replace(f, rotation=0), metric
 
 
 def _row_blocks(

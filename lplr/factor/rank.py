@@ -14,7 +14,7 @@ BACKBONE = ("ldlq", "naive")
 
 def default_factor_bits(bits_per_weight: float) -> int:
     """Width of the factors when they stand alone: narrow factors buy rank, wide ones accuracy (eval/quality/methods.py)."""
-    for limit, bits in ((0.6, 2), (2.5, 3)):
+    for limit, bits in ((0.4, 2), (2.5, 3)):
         if bits_per_weight < limit:
             return bits
     return 4

@@ -76,7 +76,7 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: A
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **arguments)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "mismatch" not in str(error):
             raise  # transformers tells of a misshapen tensor by "mismatch"; anything else is a fault of the program
@@ -114,7 +114,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     name, arguments = _source(path, ("tokenizer_config.json", "tokenizer.json", "config.json"), **kwargs)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(name, **arguments)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments)
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, OSError | ValueError | KeyError):
             raise  # the tokenizers package raises the plain class for a damaged file

@@ -30,7 +30,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
             f"{file} does not exist: give the folder of a transformers model, a hub id or a GGUF file"
         )
     try:
-        return AutoConfig.from_pretrained(Path(path), local_files_only=True)
+        return AutoConfig.from_pretrained(Path(path), local_files_only=True, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UnsupportedModel(

@@ -254,7 +254,7 @@ def test_errors_name_the_file_and_the_remedy(tmp_path: Path) -> None:
         write_report(tmp_path / "absent")
     path = tmp_path / "run.jsonl"
     path.write_text('{"kind": "layer", "name": "x"}\n')
-    with pytest.raises(OutputError, match="layer record is damaged"):
+    with pytest.raises(OutputError, match="is damaged"):
         write_report(tmp_path)
     path.write_text('{"kind": "run"}\n{"ki\n{"kind": "done"}\n')
     with pytest.raises(OutputError, match="line 2 is damaged"):
