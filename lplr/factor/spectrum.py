@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EXACT_UP_TO = 1024  # smaller side up to which the singular values themselves are computed
+EXACT_UP_TO = 256  # smaller side up to which the singular values themselves are computed
 _BLOCK = 1 << 22  # entries widened to float64 at once
 
 
 def spectrum(W: Tensor) -> Tensor:
     """Singular values of W (n x d), descending, float64, min(n, d) of them.
 
-    Up to a smaller side of 1024: svdvals, absolute error about 1e-16 sigma_1 times a small power of the size.  Above:
+    Up to a smaller side of EXACT_UP_TO: svdvals, absolute error about 1e-16 sigma_1 times a small power of the size.  Above:
     roots of the eigenvalues of the smaller Gram matrix, 3 times cheaper and without a float64 copy of W; each *square* has
     an error of about 1e-16 sigma_1^2 min(n, d), so values below 1e-7 sigma_1 are noise there.
     """

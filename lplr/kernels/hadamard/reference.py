@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 6  # log2 of the largest Hadamard matrix that is multiplied by: matrix products beat log2(p) passes over memory
+AT_ONCE = 1 << 20  # entries transformed at once: what two small matrix products touch stays in the cache
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -20,15 +20,17 @@ def hadamard(x: Tensor) -> Tensor:
     p = x.shape[-1]
     if p < 1 or p & (p - 1):
         raise ValueError(f"the last axis has {p} entries: a power of two is expected, pad it with zeros")
-    lead, left = x.shape[:-1], p.bit_length() - 1
-    x = x.reshape(-1, p)
-    while left:
-        # H_p = H_high (x) H_low: transform the fastest axis, then bring the next one to its place
-        bits = min(CHUNK, left)
-        x = (x.reshape(-1, p >> bits, 1 << bits) @ _matrix(bits).to(x.device, x.dtype)).transpose(1, 2)
-        left -= bits
-        x = x.reshape(-1, p)
-    return x.reshape(*lead, p) * p**-0.5
+    lead, low = x.shape[:-1], (p.bit_length() - 1) // 2
+    inner = (_matrix(low) * p**-0.5).to(x.device, x.dtype)  # H_p = H_outer (x) H_inner: two small products, not log2(p) passes
+    outer = _matrix(p.bit_length() - 1 - low).to(x.device, x.dtype)
+
+    def transform(rows: Tensor) -> Tensor:
+        return torch.matmul(outer, (rows.reshape(-1, len(inner)) @ inner).view(-1, len(outer), len(inner))).view(-1, p)
+
+    flat = x.reshape(-1, p)
+    if flat.numel() <= AT_ONCE:
+        return transform(flat).view(*lead, p)
+    return torch.cat([transform(rows) for rows in flat.split(max(1, AT_ONCE // p))]).view(*lead, p)
 
 
 @lru_cache(maxsize=8)
