@@ -1,4 +1,4 @@
-# Six verbs, no logic: each sets up what it needs in .venv and calls one tool.
+# Five verbs, no logic: each sets up what it needs in .venv and calls one tool.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,8 +7,10 @@ STAMP := $(VENV)/.ready
 # the CPU build of torch; a machine with a GPU sets TORCH=torch
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+# threads that wait must not spin: a second busy process would slow every small operation down many times
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-gpu bench lint report clean
+.PHONY: demo test bench lint report
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,9 +23,6 @@ demo: $(STAMP)  ## compress, evaluate, report and run SmolLM2-135M-Instruct
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-
-test-gpu: $(STAMP)  ## the tests that want a GPU
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 bench: $(STAMP)  ## the benchmarks of eval/
 	$(BIN)/python eval/factor/published.py

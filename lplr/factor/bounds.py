@@ -250,8 +250,6 @@ def _caldera(case: _Case) -> Bound:
     return _lplr(case) if case.spec.q is None else _capped(case)
 
 
-_FEEDBACK = "no statement: feedback rounding (LDLQ) may push entries of Q beyond its range"
-
 _METHODS: dict[str, Callable[[_Case], Bound]] = {
     "lplr": _lplr,
     "lplr_svd": _lplr_svd,

@@ -76,7 +76,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, **kwargs: A
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, trust_remote_code=False, **arguments)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, trust_remote_code=False, **arguments
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "mismatch" not in str(error):
             raise  # transformers tells of a misshapen tensor by "mismatch"; anything else is a fault of the program

@@ -166,15 +166,15 @@ class _Run:
         self, index: int, plans: list[LayerPlan], inputs: Activations | None, kwargs: Mapping[str, Any], meter: _Meter
     ) -> None:
         ck = self.checkpoint
-        todo = [p for p in plans if p.format]
+        chosen = [p for p in plans if p.format]
         hessians: dict[str, Hessian] = {}
-        if inputs is not None and todo:
+        if inputs is not None and chosen:
             meter.say(f"block {index + 1}: running the calibration text")
             block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
             weights = {name.removeprefix(prefix): computable(ck, name, self.device) for name in ck.block_tensors(index)}
             materialise(block, weights)
             del weights
-            hessians = collect(block, {p.name: ck.model.get_submodule(p.name) for p in todo}, inputs, kwargs, self.device)
+            hessians = collect(block, {p.name: ck.model.get_submodule(p.name) for p in chosen}, inputs, kwargs, self.device)
             release(block)
         tensors: dict[str, Tensor] = {}
         rows: list[LayerRecord] = []
@@ -186,7 +186,7 @@ class _Run:
             tensors.update(stored)
             rows.append(record)
             done += _weights([p])
-        replaced = {f"{p.name}.weight" for p in todo}
+        replaced = {f"{p.name}.weight" for p in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
         self._commit(index, tensors, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, rows)
 
