@@ -29,7 +29,7 @@ from lplr.quant.qtensor import QTensor
 from lplr.recipe import FactorSpec
 
 PROBES, FAILURE = 64, 1e-6
-METRIC_UP_TO = 1024  # inputs up to which sigma_min(C) is bounded, by a Cholesky factorization in float64
+METRIC_UP_TO = 2048  # inputs up to which sigma_min(C) is bounded, by a Cholesky factorization in float64
 SAMPLE = 48  # singular values kept in a record
 _BLOCK = 1 << 21  # entries of W widened to float64 at once
 _ROTATION = 4096  # length of gamma that covers a rotation in float64: at most 2 x 4 products with 64 x 64 matrices
