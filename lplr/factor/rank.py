@@ -13,7 +13,10 @@ BACKBONE = ("ldlq", "naive")
 
 
 def default_factor_bits(bits_per_weight: float) -> int:
-    """Width of the factors when they stand alone: narrow factors buy rank, wide ones accuracy (eval/quality/methods.py)."""
+    """Width of the factors when they stand alone: narrow factors buy rank, wide ones accuracy.
+
+    From 0.5 bits on it follows eval/quality/methods.py; 2 bits below 0.4 is a guess.
+    """
     for limit, bits in ((0.4, 2), (2.5, 3)):
         if bits_per_weight < limit:
             return bits

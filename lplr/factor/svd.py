@@ -4,7 +4,8 @@
     direct_svd   L = Q(U_k),  R = Q'(U_k^T A) = Q'(Sigma_k V_k^T C^-1):  rounded independently, nothing is solved again
 
 Source: Saha, Srivastava, Pilanci, NeurIPS 2023, section 4 ("LPLR-SVD" and "direct SVD"); there Z = U_k Sigma_k.  The square
-root halves the spread of the columns between the factors, which measured better at every width.
+root halves the spread of the columns between the factors, which came out better at 2 bits on a
+4096 x 4096 matrix with spectrum i^(-1/2) (the only case that was compared).
 """
 
 from __future__ import annotations

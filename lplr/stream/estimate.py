@@ -15,7 +15,7 @@ from lplr.stream.device import usable_device
 from lplr.stream.shards import shard_header, shard_name
 
 LIBRARIES = 600 << 20  # resident size of Python, torch and transformers before any weight is read
-OVERHEAD = 2.0  # wall time over the time of the matrix products alone, measured on SmolLM2-135M (eval/quality/methods.py)
+OVERHEAD = 2.0  # wall time over the time of the matrix products alone: a rough allowance, not a measurement
 
 
 @dataclass(frozen=True)
