@@ -1,22 +1,27 @@
-"""Rounding with feedback: LDLQ.
+"""Rounding with feedback: LDLQ, with any grid.
 
 Minimise tr(E H E^T), E = X - Xhat, over the grid.  With H = U D U^T, U unit upper triangular, columns are visited
 first to last and column j of X is rounded after adding the errors already made, carried over by U:
 
     Xhat_j = Q( X_j + sum_{i<j} (X_i - Xhat_i) U_ij )   =>   tr(E H E^T) = sum_j D_jj ||rho_j||^2,
 
-rho_j = the rounding residual of column j: exact, whatever Q is.  tr D <= tr H, so feedback can only help on average.
+rho_j = the rounding residual of column j: exact, whatever Q is.  tr D <= tr H, so feedback can only help on average.  A
+trellis or
+a lattice that couples the entries *of a column* keeps this identity; the coupled entries have the same weight D_jj.
+Columns may also be rounded `group` at a time: U is then unit block triangular, D block diagonal, and the sum is over
+tr(rho_b D_bb rho_b^T).
 Source: Chee, Cai, Kuleshov, De Sa, "QuIP", NeurIPS 2023, section 3 (LDLQ; GPTQ is the same rounding, Theorem 6).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lplr.kernels.lowrank import NARROW_RATIO
+from lplr.kernels.levels import GRIDS, narrower, nearest
+from lplr.kernels.pack import pack
 from lplr.quant.qtensor import QTensor
 from lplr.quant.uniform import Axis, scales
 
@@ -24,55 +29,87 @@ ONE_BIT = 1.1  # feedback widens what is rounded; at one bit a wider step than t
 BLOCK = 128  # columns whose feedback is applied at once to the columns after them
 
 
-def unit_upper(H: Tensor) -> Tensor:
-    """U (d x d), unit upper triangular, with H = U D U^T; H positive definite."""
-    flipped = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = T T^T, T upper triangular
-    return flipped / flipped.diagonal()
+def widening(grid: str, bits: float) -> float:
+    """Scale of the grid over the one for X alone: feedback widens what is rounded."""
+    if grid == "uniform":
+        return ONE_BIT if bits == 1 else 1.0
+    return 1.0 + 0.1 * 4.0 ** (1 - max(bits, 1.0)) if GRIDS[grid].by_column else 1.0
 
 
-def ldlq(X: Tensor, bits: int, H: Tensor, *, axis: Axis = "row", narrow: int = 0) -> QTensor:
-    """Quantize X (n x d) to nearest with feedback in the metric H (d x d, positive definite); O(n d^2).
+def unit_upper(H: Tensor, edges: list[int] | None = None) -> Tensor:
+    """U (d x d), unit upper triangular, with H = U D U^T; H positive definite.
 
-    The first `narrow` columns, whose errors all later columns still absorb, get one bit less.
+    With edges, the first columns of groups, the diagonal blocks of U are identities and D is block diagonal.
     """
-    d = X.shape[1]
-    row, col = scales(X * ONE_BIT if bits == 1 else X, bits, axis=axis, clip="mse")
+    T = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = T T^T, T upper triangular
+    if edges is None or len(edges) == len(H):
+        return T / T.diagonal()
+    U = T.clone()
+    for start, stop in zip(edges, [*edges[1:], len(H)], strict=True):
+        block = T[start:stop, start:stop]
+        U[:, start:stop] = torch.linalg.solve_triangular(block, T[:, start:stop], upper=True, left=False)
+    return U
+
+
+def ldlq(
+    X: Tensor, bits: float, H: Tensor, *, grid: str = "uniform", axis: Axis = "row", narrow: int = 0, group: int = 1
+) -> QTensor:
+    """Quantize X (n x d) with feedback in the metric H (d x d, positive definite); O(n d^2).
+
+    The first `narrow` columns, whose errors all later columns still absorb, get the next lower width.  `group` columns are
+    rounded
+    at a time without feedback among them.
+    """
+    n, d = X.shape
+    wide = widening(grid, bits)
+    row, col = scales(X * wide if wide != 1 else X, bits, axis=axis, clip="mse", grid=grid)
     row_f = torch.ones(1, dtype=X.dtype, device=X.device) if row is None else row.to(X.dtype)
     col_f = torch.ones(d, dtype=X.dtype, device=X.device) if col is None else col.to(X.dtype)
-    grids = [_Grid.of(row_f * NARROW_RATIO[bits], bits - 1), _Grid.of(row_f, bits)]
-    U = unit_upper(H)
+    lower, ratio = narrower(grid, bits)
+    few, many = _Rounding(grid, lower, row_f * ratio), _Rounding(grid, bits, row_f)
+    edges = [*range(0, narrow, group), *range(narrow, d, group)]
+    U = unit_upper(H, edges)
     target = X.T.contiguous()  # (d, n): a column of X is a contiguous row here
     error = torch.zeros_like(target)
-    codes = torch.empty(target.shape, dtype=torch.uint8, device=X.device)
-    for start in range(0, d, BLOCK):
-        stop = min(start + BLOCK, d)
-        # target already holds X plus the feedback of all earlier blocks
-        for j in range(start, stop):
-            wanted = target[j]
-            if j > start:
-                wanted = torch.addmv(wanted, error[start:j].T, U[start:j, j])
-            code, value = grids[j >= narrow].round(wanted / col_f[j] if col is not None else wanted)
-            codes[j] = code
-            error[j] = X[:, j] - value * col_f[j]
-        if stop < d:
-            target[stop:].addmm_(U[start:stop, stop:].T, error[start:stop])
-    return QTensor.from_codes(codes.T.contiguous(), bits, row, col, narrow=narrow)
+    first = 0  # feedback of the columns before this one is in target already
+    for j, k in zip(edges, [*edges[1:], d], strict=True):
+        if j - first >= BLOCK:
+            target[j:].addmm_(U[first:j, j:].T, error[first:j])
+            first = j
+        wanted = target[j:k]
+        if j > first:
+            wanted = torch.addmm(wanted, U[first:j, j:k].T, error[first:j])
+        scale = col_f[j:k, None]
+        value = (few if k <= narrow else many).round(wanted / scale if col is not None else wanted)
+        error[j:k] = X[:, j:k].T - (value * scale if col is not None else value)
+    codes = many.codes()
+    assert codes is not None  # narrow < d
+    return QTensor(codes, bits, (n, d), row, col, few.codes(), narrow, grid)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """2^bits points (2c - top) scale for one column, scale (n,) or (1,)."""
+@dataclass
+class _Rounding:
+    """Rounds columns to one width of a grid, none at 0 bits, and keeps their codes; scale (n,) or (1,)."""
 
-    top: int
+    grid: str
+    bits: float
     scale: Tensor
-    half_inverse: Tensor  # 1 / (2 scale), zero where the scale is
+    kept: list[Tensor] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, scale: Tensor, bits: int) -> _Grid:
-        inverse = torch.where(scale == 0, torch.zeros_like(scale), 0.5 / scale)
-        return cls((1 << bits) - 1, scale, inverse)
+    def __post_init__(self) -> None:
+        self.inverse = torch.where(self.scale == 0, torch.zeros_like(self.scale), 1 / self.scale)
 
-    def round(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes, values) of the points nearest to x (n,)."""
-        code = torch.addcmul(x.new_full((), self.top / 2), x, self.half_inverse).round_().clamp_(0, self.top)
-        return code.to(torch.uint8), (2 * code - self.top) * self.scale
+    def round(self, columns: Tensor) -> Tensor:
+        """The points nearest to columns (k, n), each row a column of the matrix."""
+        if not self.bits:
+            return torch.zeros_like(columns)
+        codes, values = nearest(columns * self.inverse, self.grid, self.bits)
+        self.kept.append(codes)
+        return values * self.scale
+
+    def codes(self) -> Tensor | None:
+        """What is stored, packed; None where nothing is."""
+        if not self.kept:
+            return None
+        codes = torch.cat(self.kept)
+        return codes if GRIDS[self.grid].by_column else pack(codes.T.contiguous(), int(self.bits))

@@ -1,13 +1,13 @@
-"""A packed matrix: integer levels times a row scale and a column scale.
+"""A packed matrix: points of a grid times a row scale and a column scale.
 
-    X_ij = row_scale_i * (2 c_ij - (2^B - 1)) * col_scale_j,      c_ij in {0, .., 2^B - 1}
+    X_ij = row_scale_i * v_ij * col_scale_j,      v the points of `kernels.levels` that the codes stand for
 
-The first `narrow` columns may carry one bit less, with the step lengthened by NARROW_RATIO: any fractional number of bits
-a column on average, from one scale a row.  A column of no bits is zero.
+The first `narrow` columns may have the next lower width of the grid, with the step lengthened as `kernels.levels.narrower`
+says: any fractional number of bits a column on average, from one scale a row.  A column of no bits is zero.
 
-Levels are the odd integers -(2^B - 1), .., 2^B - 1, exact in every float type.  Scales are stored as
-bfloat16 and the codes are chosen for the *stored* scale, so its 8 significant bits cost no accuracy, and reading
-them as float32 (or as float16, within its range) gives the same number: a cast never changes a weight.
+Scales are stored as bfloat16 and the codes are chosen for the *stored* scale, so its 8 significant bits cost no accuracy, and
+reading them as float32 (or as float16, within its range) gives the same number; the points are exact in bfloat16 too, but for
+normal_float: a cast never changes a weight.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lplr.kernels.lowrank import NARROW_RATIO
-from lplr.kernels.pack import pack, unpack
+from lplr.kernels.levels import levels, narrower
+from lplr.kernels.lowrank import NARROW_RATIO as NARROW_RATIO
+from lplr.kernels.pack import pack
 
 SCALE_DTYPE = torch.bfloat16
 SCALE_BITS = 16
@@ -44,36 +45,47 @@ def round_scale(scale: Tensor, *, up: bool = False) -> Tensor:
 class QTensor:
     """A quantized matrix of `shape` (n, d).
 
-    codes: packed uint8 (n, ceil((d - narrow) * bits / 8)); narrow_codes: (n, ceil(narrow * (bits - 1) / 8)), None where that
-    is nothing; row_scale: (n,) or (1,) or None; col_scale: (d,) or (1,) or None.  A missing scale is one.
+    codes, narrow_codes: packed uint8 as in `kernels.levels.packed_shape` for the last d - narrow and the first `narrow`
+    columns, narrow_codes None where that is nothing; row_scale: (n,) or (1,) or None; col_scale: (d,) or (1,) or None.  A missing
+    scale is one.
     """
 
     codes: Tensor
-    bits: int
+    bits: float
     shape: tuple[int, int]
     row_scale: Tensor | None = None
     col_scale: Tensor | None = None
     narrow_codes: Tensor | None = None
     narrow: int = 0
+    grid: str = "uniform"
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, bits: int, row_scale: Tensor | None = None, col_scale: Tensor | None = None, *, narrow: int = 0
+        cls,
+        codes: Tensor,
+        bits: int,
+        row_scale: Tensor | None = None,
+        col_scale: Tensor | None = None,
+        *,
+        narrow: int = 0,
+        grid: str = "uniform",
     ) -> QTensor:
-        """Pack unpacked codes (n, d), the first `narrow` columns with one bit less."""
+        """Pack unpacked codes (n, d) of a grid that is stored by rows, the first `narrow` columns with one bit less."""
         n, d = codes.shape
-        fewer = pack(codes[:, :narrow], bits - 1) if narrow and bits > 1 else None
-        return cls(pack(codes[:, narrow:], bits), bits, (n, d), row_scale, col_scale, fewer, narrow)
+        lower = int(narrower(grid, bits)[0])
+        fewer = pack(codes[:, :narrow], lower) if narrow and lower else None
+        return cls(pack(codes[:, narrow:], bits), bits, (n, d), row_scale, col_scale, fewer, narrow, grid)
 
     def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The odd integer levels (n, d), in the first `narrow` columns times NARROW_RATIO; without scales."""
-        d = self.shape[1]
+        """The points (n, d), in the first `narrow` columns times the longer step; without scales."""
+        n, d = self.shape
         if not self.narrow:
-            return _odd(self.codes, self.bits, d, dtype)
+            return levels(self.codes, (n, d), self.grid, self.bits, dtype)
         out = torch.zeros(self.shape, dtype=dtype, device=self.codes.device)
-        out[:, self.narrow :] = _odd(self.codes, self.bits, d - self.narrow, dtype)
+        out[:, self.narrow :] = levels(self.codes, (n, d - self.narrow), self.grid, self.bits, dtype)
         if self.narrow_codes is not None:
-            out[:, : self.narrow] = _odd(self.narrow_codes, self.bits - 1, self.narrow, dtype) * NARROW_RATIO[self.bits]
+            lower, ratio = narrower(self.grid, self.bits)
+            out[:, : self.narrow] = levels(self.narrow_codes, (n, self.narrow), self.grid, lower, dtype) * ratio
         return out
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,11 +103,7 @@ class QTensor:
         return replace(self, row_scale=row, col_scale=col)
 
     def stored_bits(self) -> int:
-        """Every stored bit: codes with their row padding, and scales."""
+        """Every stored bit: codes with their padding, and scales."""
         scales = sum(s.numel() for s in (self.row_scale, self.col_scale) if s is not None)
         codes = self.codes.numel() + (0 if self.narrow_codes is None else self.narrow_codes.numel())
         return 8 * codes + SCALE_BITS * scales
-
-
-def _odd(codes: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return unpack(codes, bits, columns).to(dtype).mul_(2).sub_((1 << bits) - 1)

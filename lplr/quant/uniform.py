@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lplr.kernels.levels import normal_step
 from lplr.quant.qtensor import QTensor, round_scale
 
 Axis = Literal["tensor", "row", "column", "both"]
@@ -40,17 +41,22 @@ def quantize(
     return QTensor.from_codes(codes, bits, row_scale, col_scale)
 
 
-def scales(x: Tensor, bits: int, *, axis: Axis, clip: Literal["max", "mse"]) -> tuple[Tensor | None, Tensor | None]:
-    """The storable row and column scales of the grid that `axis` and `clip` ask for."""
+def scales(
+    x: Tensor, bits: float, *, axis: Axis, clip: Literal["max", "mse"], grid: str = "uniform"
+) -> tuple[Tensor | None, Tensor | None]:
+    """The storable row and column scales that `axis` and `clip` ask for; another grid gets its scale for a normal variable."""
     if axis == "both":
         # columns first, by their root mean square; the rows then carry the grid's range
         col = round_scale(_rms(x, 0))
         safe = torch.where(col == 0, torch.ones_like(col), col)
-        row, _ = scales(x / safe.float(), bits, axis="row", clip=clip)
+        row, _ = scales(x / safe.float(), bits, axis="row", clip=clip, grid=grid)
         return row, col
     if axis == "column":
-        return None, scales(x.T, bits, axis="row", clip=clip)[0]
+        return None, scales(x.T, bits, axis="row", clip=clip, grid=grid)[0]
     rows = x.reshape(1, -1) if axis == "tensor" else x
+    if grid != "uniform":
+        return round_scale(_rms(rows, 1) * normal_step(grid, bits)), None
+    bits = int(bits)
     if clip == "max":
         return round_scale(rows.abs().amax(1) / ((1 << bits) - 1), up=True), None
     return _least_error_scale(rows, bits), None

@@ -1,0 +1,145 @@
+"""Trellis-coded quantization of a sequence x_1, x_2, .. of N(0, 1) entries, k bits for each step of v entries.
+
+A step appends a symbol b of k bits to a shift register of STATE_BITS bits, and the register names the entries that it stands for:
+
+    s_t = (2^k s_{t-1} + b_t) mod 2^STATE_BITS,        xhat_t = c(s_t) in R^v,        s_0 a constant of the code
+
+so a sequence of n entries is k ceil(n / v) bits, and every entry can be decoded alone from the STATE_BITS bits that end in its
+symbol.  The codebook is computed, not stored: u = A s mod 2^STATE_BITS, u ^= u >> shift, u = B u mod 2^STATE_BITS (odd A and B: a
+permutation of the states), then c = gain * Phi^-1((u + 1/2) / 2^STATE_BITS), the normal quantile, rounded to bfloat16 so that
+no cast changes a weight.  A, B, shift, gain and s_0 of each width come from a random search (eval/quality/trellis_search.py).
+
+The encoder is Viterbi's algorithm: for each state the cheapest sequence that ends in it, exact for the squared error.
+Sources: Marcellin, Fischer, IEEE Trans. Commun. 1990 (trellis-coded quantization); Mao, Gray, IEEE Trans. Inf. Theory
+2010 and Tseng et
+al., "QTIP", NeurIPS 2024 (the bit-shift trellis with a random or computed code).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lplr.kernels.pack import pack, unpack
+from lplr.kernels.pack import packed_width as _packed_width
+
+STATE_BITS = 12
+
+
+@dataclass(frozen=True)
+class Code:
+    """k bits a step of v entries; one (A, B, shift) for each entry of a step."""
+
+    step_bits: int
+    entries: int
+    hashes: tuple[tuple[int, int, int], ...]
+    gain: float
+    start: int
+
+
+CODES: dict[float, Code] = {
+    0.5: Code(1, 2, ((2347, 27, 8), (137, 3295, 7)), 0.70711, 1391),
+    1.0: Code(1, 1, ((2063, 2103, 9),), 0.88335, 233),
+    1.5: Code(3, 2, ((1067, 1, 12), (2527, 1, 12)), 0.97283, 396),
+    2.0: Code(2, 1, ((3301, 27, 9),), 1.00698, 55),
+    2.5: Code(5, 2, ((3717, 1, 12), (2301, 1, 12)), 1.06299, 11),
+    3.0: Code(3, 1, ((2553, 1, 12),), 1.09137, 390),
+    3.5: Code(7, 2, ((2771, 1, 12), (431, 1, 12)), 1.09569, 14),
+    4.0: Code(4, 1, ((3613, 1, 12),), 1.09785, 39),
+    5.0: Code(5, 1, ((3971, 1, 12),), 1.09946, 104),
+    6.0: Code(6, 1, ((1081, 1, 12),), 1.09987, 10),
+}
+WIDTHS = tuple(CODES)
+
+
+def code(bits: float) -> Code:
+    """The code of a width; ValueError names the widths that there are."""
+    if bits not in CODES:
+        raise ValueError(f"the trellis has no code of {bits} bits: choose one of {', '.join(f'{w:g}' for w in WIDTHS)}")
+    return CODES[bits]
+
+
+def packed_width(n: int, bits: float) -> int:
+    """Bytes that a sequence of n entries takes."""
+    c = code(bits)
+    return _packed_width(-(-n // c.entries), c.step_bits)
+
+
+@cache
+def codebook(bits: float) -> Tensor:
+    """(entries, 2^STATE_BITS) float32: what each state stands for, of unit variance but for the gain."""
+    return book_of(code(bits))
+
+
+def book_of(c: Code) -> Tensor:
+    """The codebook of a code."""
+    mask = (1 << STATE_BITS) - 1
+    with torch.inference_mode(False):  # it outlives the mode of its first caller
+        states = torch.arange(1 << STATE_BITS, dtype=torch.int64, device="cpu")
+        rows = []
+        for first, second, shift in c.hashes:
+            u = (states * first) & mask
+            u = ((u ^ (u >> shift)) * second) & mask
+            rows.append(torch.special.ndtri((u.double() + 0.5) / (mask + 1)) * c.gain)
+        return torch.stack(rows).to(torch.bfloat16).float()
+
+
+def symbols_to_states(symbols: Tensor, bits: float) -> Tensor:
+    """Symbols (m, t) -> the state after each step, int64 (m, t)."""
+    c, mask = code(bits), (1 << STATE_BITS) - 1
+    m, t = symbols.shape
+    reach = -(-STATE_BITS // c.step_bits)  # symbols that a state still knows, the newest included
+    # the start is an earlier history: the symbols that would have led to it
+    history = [(c.start >> (c.step_bits * i)) & ((1 << c.step_bits) - 1) for i in range(reach - 1)][::-1]
+    early = torch.tensor(history, dtype=torch.int64, device=symbols.device).expand(m, reach - 1)
+    known = torch.cat([early, symbols.long()], 1)
+    states = torch.zeros(m, t, dtype=torch.int64, device=symbols.device)
+    for i in range(reach):
+        states |= known[:, reach - 1 - i : reach - 1 - i + t] << (c.step_bits * i)
+    return states & mask
+
+
+def decode(codes: Tensor, bits: float, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Packed codes (m, packed_width) -> the sequences (m, n)."""
+    c = code(bits)
+    states = symbols_to_states(unpack(codes, c.step_bits, -(-n // c.entries)), bits)
+    values = codebook(bits).to(codes.device, dtype)[:, states]  # (v, m, t)
+    return values.permute(1, 2, 0).reshape(len(codes), -1)[:, :n]
+
+
+def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
+    """The sequences of the trellis with the least ||x_i - xhat_i||^2, for x (m, n): (packed codes uint8 (m, packed_width),
+    xhat (m, n)).
+
+    Costs are summed in float32.  Time m n 2^STATE_BITS; memory m 2^STATE_BITS floats and a byte for each step and path.
+    """
+    c = code(bits)
+    m, n = x.shape
+    steps, ways, kept = -(-n // c.entries), 1 << c.step_bits, 1 << (STATE_BITS - c.step_bits)
+    book = codebook(bits).to(x.device)  # (v, 2^STATE_BITS)
+    padded = torch.zeros(m, steps * c.entries, device=x.device)
+    padded[:, :n] = x.float()
+    used = torch.zeros(steps * c.entries, device=x.device)
+    used[:n] = 1.0  # what pads the last step costs nothing
+    cost = torch.full((m, 1 << STATE_BITS), float("inf"), device=x.device)
+    cost[:, c.start] = 0.0
+    back = torch.empty(steps, m, kept, dtype=torch.uint8, device=x.device)
+    for t in range(steps):
+        best, oldest = cost.view(m, ways, kept).min(1)  # the register drops its oldest symbol
+        back[t] = oldest.to(torch.uint8)
+        cost = best[:, :, None].expand(m, kept, ways).reshape(m, -1)
+        for v in range(c.entries):
+            at = t * c.entries + v
+            cost = cost + (padded[:, at, None] - book[v]).square_().mul_(used[at])
+    state = cost.argmin(1)
+    symbols = torch.empty(m, steps, dtype=torch.uint8, device=x.device)
+    for t in range(steps - 1, -1, -1):
+        symbols[:, t] = (state & (ways - 1)).to(torch.uint8)
+        rest = state >> c.step_bits
+        oldest = back[t].gather(1, rest[:, None])[:, 0].long()
+        state = (oldest << (STATE_BITS - c.step_bits)) | rest
+    codes = pack(symbols, c.step_bits)
+    return codes, decode(codes, bits, n, x.dtype)
