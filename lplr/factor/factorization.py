@@ -146,7 +146,7 @@ class Factorization:
     def format(self) -> Format:
         """The layout of this factorization."""
         scales = tuple((name, t.numel()) for name, t in self.tensors().items() if name.endswith("scale"))
-        bits = {k: part.bits if part is not None else 0 for k, part in (("l", self.l), ("r", self.r), ("q", self.q))}
+        bits = {k: int(part.bits) if part is not None else 0 for k, part in (("l", self.l), ("r", self.r), ("q", self.q))}
         narrow = self.q.narrow if self.q is not None else 0
         return Format(self.shape, self.rank, bits["l"], bits["r"], bits["q"], narrow, self.rotation, scales)
 
