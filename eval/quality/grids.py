@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lplr.kernels import lattice, trellis
-from lplr.quant.normal_float import normal_scale, round_to_levels
+from lplr.kernels.normal_float import normal_scale, round_to_levels
 from lplr.quant.uniform import quantize
 
 # Max, IRE Trans. Inf. Theory 1960: table II (equally spaced levels) and table I (the best levels, a bound for any scalar grid)

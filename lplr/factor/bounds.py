@@ -31,10 +31,10 @@ from lplr.factor.noise import ROUND_UP, matrix_peak, noise_energy, row_peak, sat
 from lplr.factor.rank import plan
 from lplr.factor.spectrum import spectrum
 from lplr.kernels.hadamard import rotate, rotation_signs
+from lplr.kernels.levels import narrower
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.linalg.project import least_squares
 from lplr.quant.ldlq import ONE_BIT
-from lplr.quant.qtensor import NARROW_RATIO
 from lplr.quant.uniform import Axis, scales
 from lplr.recipe import FactorSpec, QuantSpec
 
@@ -238,7 +238,7 @@ def _ldlq(case: _Case) -> Bound:
     nearest = q.model_copy(update={"rounding": "nearest", "clip": "mse"})
     rows, cols = _grid(case.A * ONE_BIT if q.bits == 1 else case.A, nearest, "tensor" if q.ranges == "tensor" else "row")
     top = torch.full_like(cols, (1 << q.bits) - 1)
-    top[:narrow], cols[:narrow] = (1 << (q.bits - 1)) - 1, NARROW_RATIO[q.bits]
+    top[:narrow], cols[:narrow] = (1 << (q.bits - 1)) - 1, narrower("uniform", q.bits)[1]
     half = rows[:, None] * cols
     total = float(torch.maximum(half, case.A.double().abs() - top * half).square().sum())
     worst = Bound({"rounding": total}, "certain", "worst case of the rounding of every entry (N)")

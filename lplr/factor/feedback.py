@@ -26,8 +26,9 @@ from lplr.kernels.pack import unpack
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.linalg.project import least_squares
 from lplr.linalg.range_finder import random_rotation
+from lplr.quant.ldlq import unit_upper
 from lplr.quant.qtensor import QTensor, round_scale
-from lplr.quant.two_sided import feedback_factor, full_scale, rounded
+from lplr.quant.two_sided import full_scale, rounded
 from lplr.quant.uniform import scales
 from lplr.recipe import FactorSpec, QuantSpec
 
@@ -73,7 +74,7 @@ def lplr_feedback(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torc
     assert spec.l is not None and spec.r is not None and spec.rank
     order = _order(C, A)
     problem = Problem.of(A[:, order], None if C is None else C[order])
-    U_H = feedback_factor(problem.H)
+    U_H = unit_upper(problem.H)
     L_star, R = svd_start(problem, spec.rank, generator)
     RC = problem.in_metric(R)
     rounds = []
@@ -146,13 +147,13 @@ def _order(C: Tensor | None, A: Tensor) -> Tensor:
 def _round_l(L: Tensor, spec: QuantSpec, M: Tensor) -> QTensor:
     """L on its grid; a scale along the rank, or for the whole of L, is left out for R to absorb."""
     row, col = scales(L, spec.bits, axis=L_AXIS[spec.ranges], clip=spec.clip)
-    q = rounded(L, spec.bits, None, feedback_factor(damped(M, DAMPING)), row, col)
+    q = rounded(L, spec.bits, None, unit_upper(damped(M, DAMPING)), row, col)
     return replace(q, row_scale=None if spec.ranges == "tensor" else row, col_scale=None)
 
 
 def _round_r(R: Tensor, spec: QuantSpec, G: Tensor, U_H: Tensor) -> QTensor:
     row, col = scales(R, spec.bits, axis=R_AXIS[spec.ranges], clip=spec.clip)
-    return rounded(R, spec.bits, feedback_factor(damped(G, DAMPING)), U_H, row, col)
+    return rounded(R, spec.bits, unit_upper(damped(G, DAMPING)), U_H, row, col)
 
 
 def _codes(q: QTensor) -> Tensor:

@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lplr.kernels.levels import GRIDS, narrower, nearest
+from lplr.kernels.levels import BY_COLUMN, narrower, nearest
 from lplr.kernels.pack import pack
+from lplr.linalg.hessian import cholesky_factor
 from lplr.quant.qtensor import QTensor
 from lplr.quant.uniform import Axis, scales
 
@@ -30,18 +31,18 @@ BLOCK = 128  # columns whose feedback is applied at once to the columns after th
 
 
 def widening(grid: str, bits: float) -> float:
-    """Scale of the grid over the one for X alone: feedback widens what is rounded."""
+    """Scale of the grid over the one for X alone: feedback widens what is rounded (by columns: a guess)."""
     if grid == "uniform":
         return ONE_BIT if bits == 1 else 1.0
-    return 1.0 + 0.1 * 4.0 ** (1 - max(bits, 1.0)) if GRIDS[grid].by_column else 1.0
+    return 1.0 + 0.1 * 4.0 ** (1 - max(bits, 1.0)) if grid in BY_COLUMN else 1.0
 
 
 def unit_upper(H: Tensor, edges: list[int] | None = None) -> Tensor:
-    """U (d x d), unit upper triangular, with H = U D U^T; H positive definite.
+    """U (d x d), unit upper triangular, with H = U D U^T; H is damped where it is not positive definite.
 
     With edges, the first columns of groups, the diagonal blocks of U are identities and D is block diagonal.
     """
-    T = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)  # H = T T^T, T upper triangular
+    T = cholesky_factor(H.flip(0, 1)).flip(0, 1)  # H = T T^T, T upper triangular
     if edges is None or len(edges) == len(H):
         return T / T.diagonal()
     U = T.clone()
@@ -112,4 +113,4 @@ class _Rounding:
         if not self.kept:
             return None
         codes = torch.cat(self.kept)
-        return codes if GRIDS[self.grid].by_column else pack(codes.T.contiguous(), int(self.bits))
+        return codes if self.grid in BY_COLUMN else pack(codes.T.contiguous(), int(self.bits))

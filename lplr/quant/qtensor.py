@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.levels import levels, narrower
-from lplr.kernels.lowrank import NARROW_RATIO as NARROW_RATIO
 from lplr.kernels.pack import pack
 
 SCALE_DTYPE = torch.bfloat16

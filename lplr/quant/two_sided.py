@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.feedback import feedback_round
-from lplr.linalg.hessian import DAMPING, cholesky_factor, damped
+from lplr.linalg.hessian import DAMPING, damped
+from lplr.quant.ldlq import unit_upper
 from lplr.quant.qtensor import QTensor
 
 
@@ -38,21 +39,15 @@ def two_sided(
     O(r d (r + d)).
     """
     H = torch.eye(X.shape[1], dtype=X.dtype, device=X.device) if H is None else damped(H, damping)
-    U_G = None if G is None else feedback_factor(damped(G, damping))
-    return rounded(X, bits, U_G, feedback_factor(H), row_scale, col_scale)
+    U_G = None if G is None else unit_upper(damped(G, damping))
+    return rounded(X, bits, U_G, unit_upper(H), row_scale, col_scale)
 
 
 def rounded(X: Tensor, bits: int, U_G: Tensor | None, U_H: Tensor, row_scale: Tensor | None, col_scale: Tensor | None) -> QTensor:
-    """`two_sided` for metrics that are factored already (`feedback_factor`)."""
+    """`two_sided` for metrics that are factored already (`unit_upper`)."""
     row, col = full_scale(row_scale, X.shape[0], X), full_scale(col_scale, X.shape[1], X)
     codes, _ = feedback_round(X, bits, row, col, U_H, U_G)
     return QTensor.from_codes(codes, bits, row_scale, col_scale)
-
-
-def feedback_factor(H: Tensor) -> Tensor:
-    """U, unit upper triangular, with H = U D U^T; H is damped where it is not positive definite."""
-    T = cholesky_factor(H.flip(0, 1)).flip(0, 1)  # H = T T^T, T upper triangular
-    return T / T.diagonal()
 
 
 def full_scale(scale: Tensor | None, length: int, like: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lplr.kernels import feedback
-from lplr.kernels.feedback import _compiled, descend, feedback_round, reference
+from lplr.kernels.backend import compiled
+from lplr.kernels.feedback import descend, feedback_round, reference
 
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 7), (13, 6), (9, 65), (17, 130)]  # on both sides of the panel and the block
 
@@ -22,10 +23,10 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     else:
         pytest.importorskip("numba", reason="the compiled form needs numba")
         monkeypatch.delenv("LPLR_BACKEND", raising=False)
-    _compiled.cache_clear()
-    assert (_compiled() is None) == (request.param == "reference")
+    compiled.cache_clear()
+    assert (compiled("feedback") is None) == (request.param == "reference")
     yield request.param
-    _compiled.cache_clear()
+    compiled.cache_clear()
 
 
 def spd(size: int, generator: torch.Generator) -> Tensor:
@@ -131,11 +132,11 @@ def test_without_numba_the_reference_serves(monkeypatch: pytest.MonkeyPatch, gen
     monkeypatch.delenv("LPLR_BACKEND", raising=False)
     monkeypatch.setitem(__import__("sys").modules, "lplr.kernels.feedback.cpu", None)
     monkeypatch.delattr(feedback, "cpu", raising=False)
-    _compiled.cache_clear()
+    compiled.cache_clear()
     try:
-        assert _compiled() is None
+        assert compiled("feedback") is None
         X, row, col = setting(3, 4, generator)
         U_H = unit_upper(4, generator)
         assert torch.equal(feedback_round(X, 2, row, col, U_H)[0], reference.feedback_round(X, 2, row, col, U_H)[0])
     finally:
-        _compiled.cache_clear()
+        compiled.cache_clear()

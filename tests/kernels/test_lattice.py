@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplr.kernels import lattice
+from lplr.kernels.backend import compiled
 from lplr.kernels.lattice import WIDTHS, decode, packed_width, reference
 from lplr.kernels.lattice.reference import STAGES, one_bit, patterns
 
@@ -203,10 +204,10 @@ def test_the_reference_serves_without_numba(why: str, monkeypatch: pytest.Monkey
     else:
         monkeypatch.setitem(sys.modules, "lplr.kernels.lattice.cpu", None)  # what an import of it raises is ImportError
         monkeypatch.delattr(lattice, "cpu", raising=False)
-    lattice._compiled.cache_clear()
+    compiled.cache_clear()
     try:
         x = torch.linspace(-2, 2, 24).reshape(2, 12)
-        assert lattice._compiled() is None
+        assert compiled("lattice") is None
         assert torch.equal(lattice.encode(x, 2.0)[1], reference.encode(x, 2.0)[1])
     finally:
-        lattice._compiled.cache_clear()
+        compiled.cache_clear()

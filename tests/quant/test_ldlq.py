@@ -7,8 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 
+from lplr.kernels.levels import narrower, nearest, packed_shape
 from lplr.quant.ldlq import ONE_BIT, ldlq, unit_upper
-from lplr.quant.qtensor import NARROW_RATIO
 from lplr.quant.uniform import quantize, scales
 
 
@@ -72,7 +72,7 @@ def test_narrow_columns(bits: int, narrow: int) -> None:
     values = q.dequantize(torch.float64) / q.row_scale.double()[:, None]
     few, many = values[:, :narrow], values[:, narrow:]
     assert len(many.unique()) <= 1 << bits and len(few.unique()) <= 1 << (bits - 1)
-    ratio = NARROW_RATIO[bits]
+    ratio = narrower("uniform", bits)[1]
     levels = (few / ratio if ratio else few).round(decimals=9)
     assert bool((levels.remainder(2) == (1 if bits > 1 else 0)).all())
     assert q.stored_bits() == 8 * (7 * (-(-(12 - narrow) * bits // 8) - (-narrow * (bits - 1) // 8))) + 16 * 7
@@ -104,3 +104,37 @@ def test_zero_rows_stay_zero() -> None:
         q = ldlq(X, 2, correlated(10).float(), axis=axis).dequantize()  # type: ignore[arg-type]
         assert bool(torch.isfinite(q).all())
         assert axis == "tensor" or not q[1].any()
+
+
+GRID_WIDTHS = [("trellis", 1.0), ("trellis", 1.5), ("lattice", 2.0), ("normal_float", 3.0), ("uniform", 2)]
+
+
+@pytest.mark.parametrize(("grid", "bits"), GRID_WIDTHS)
+@pytest.mark.parametrize(("group", "narrow"), [(1, 0), (1, 5), (4, 0), (7, 5), (200, 0)])
+def test_any_grid_any_group(grid: str, bits: float, group: int, narrow: int) -> None:
+    """tr(E H E^T) = sum_b tr(rho_b D_bb rho_b^T), D = U^-1 H U^-T, and rho_b is what the grid's own rounding leaves."""
+    n, d = 11, 150  # on both sides of a block of feedback
+    H, X = correlated(d), torch.randn(n, d, generator=seeded(3), dtype=torch.float64)
+    q = ldlq(X, bits, H, grid=grid, axis="tensor", narrow=narrow, group=group)
+    E = X - q.dequantize(torch.float64)
+    edges = [*range(0, narrow, group), *range(narrow, d, group)]
+    U = unit_upper(H, edges)
+    D = torch.linalg.solve(U, torch.linalg.solve(U, H).T)
+    inside = torch.zeros(d, d, dtype=torch.bool)
+    for start, stop in zip(edges, [*edges[1:], d], strict=True):
+        inside[start:stop, start:stop] = True
+        torch.testing.assert_close(U[start:stop, start:stop], torch.eye(stop - start, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert float(D[~inside].abs().max() if bool((~inside).any()) else 0) < 1e-9 * float(H.diagonal().max())
+    rho = E @ U
+    assert float(torch.trace(E @ H @ E.T)) == pytest.approx(float(torch.trace(rho @ (D * inside) @ rho.T)), rel=1e-8)
+    assert q.row_scale is not None
+    scale, (lower, ratio) = float(q.row_scale), narrower(grid, bits)
+    wanted = (q.dequantize(torch.float64) + rho).T / scale
+    left = (rho.T / scale).square().sum(1)
+    for part, width, step in ((slice(narrow, d), bits, 1.0), (slice(0, narrow), lower, ratio)):
+        if part.stop > part.start:
+            points = nearest(wanted[part] / step, grid, width)[1] * step if width else 0.0
+            # equally near points are told apart by float32 sums made in another order: compare distances, not points
+            torch.testing.assert_close((points - wanted[part]).square().sum(1), left[part], rtol=1e-5, atol=1e-9)
+    shapes = packed_shape((n, d - narrow), grid, bits), packed_shape((n, narrow), grid, lower if narrow else 0.0)
+    assert q.stored_bits() == 16 + 8 * sum(a * b for a, b in shapes)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lplr.quant.ldlq import ldlq
-from lplr.quant.two_sided import feedback_factor, two_sided
+from lplr.quant.ldlq import ldlq, unit_upper
+from lplr.quant.two_sided import two_sided
 from lplr.quant.uniform import quantize, scales
 
 
@@ -38,7 +38,7 @@ def test_error_identity(r: int, d: int, bits: int) -> None:
     assert row is not None and col is not None
     q = two_sided(X, bits, G, H, row, col, damping=0)
     E = X - q.dequantize(torch.float64)
-    U_G, U_H = feedback_factor(G), feedback_factor(H)
+    U_G, U_H = unit_upper(G), unit_upper(H)
     rho = U_G.T @ E @ U_H
     vec = E.T.reshape(-1)  # columns one below the other
     dense = float(vec @ torch.kron(H, G) @ vec)
@@ -60,7 +60,7 @@ def test_identity_and_bound_for_any_spectrum(r: int, d: int, bits: int, spread: 
     scale = torch.tensor([2.0**-3])
     q = two_sided(X, bits, G, H, scale, damping=0)
     E = X - q.dequantize(torch.float64)
-    U_G, U_H = feedback_factor(G), feedback_factor(H)
+    U_G, U_H = unit_upper(G), unit_upper(H)
     rho = U_G.T @ E @ U_H
     left, weights = float(torch.trace(E.T @ G @ E @ H)), diagonal(G, U_G)[:, None] * diagonal(H, U_H)
     assert left == pytest.approx(float((weights * rho.square()).sum()), rel=1e-5, abs=1e-12)

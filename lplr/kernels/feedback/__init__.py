@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-from types import ModuleType
-
 from torch import Tensor
 
+from lplr.kernels.backend import form
 from lplr.kernels.feedback import reference
 
 __all__ = ["descend", "feedback_round"]
-
-
-@lru_cache(maxsize=1)
-def _compiled() -> ModuleType | None:
-    """The compiled form, None where numba is absent or LPLR_BACKEND=reference asks for the torch one; chosen once."""
-    if os.environ.get("LPLR_BACKEND") == "reference":
-        return None
-    try:
-        from lplr.kernels.feedback import cpu
-    except ImportError:
-        return None
-    return cpu
-
-
-def _form(X: Tensor) -> ModuleType:
-    return (_compiled() if X.device.type == "cpu" else None) or reference
 
 
 def feedback_round(
@@ -38,7 +19,7 @@ def feedback_round(
     are unit upper triangular; without U_G errors are fed back along the rows alone.  All have X's dtype, float32 or float64.
     The compiled form and the torch one agree but for the rounding of floating-point sums; neither writes to its arguments.
     """
-    return _form(X).feedback_round(X, bits, row, col, U_H, U_G)
+    return form("feedback", reference, X).feedback_round(X, bits, row, col, U_H, U_G)
 
 
 def descend(codes: Tensor, T: Tensor, bits: int, row: Tensor, col: Tensor, H: Tensor, G: Tensor | None = None) -> Tensor:
@@ -47,4 +28,4 @@ def descend(codes: Tensor, T: Tensor, bits: int, row: Tensor, col: Tensor, H: Te
     Columns first to last, each from its first entry to its last; every entry goes to its best point with all others fixed, so
     the form never rises.  T: (r, d), H (d, d) and G (r, r) symmetric with positive diagonals; scales as in `feedback_round`.
     """
-    return _form(T).descend(codes, T, bits, row, col, H, G)
+    return form("feedback", reference, T).descend(codes, T, bits, row, col, H, G)

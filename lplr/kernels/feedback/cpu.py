@@ -6,24 +6,17 @@ and the column itself do.  Matrices are held transposed, a column in a contiguou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from lplr.kernels.backend import jit
 
 BLOCK = 64
 PANEL = 8  # entries of a column whose errors are carried to the rest of it together
 
 
-def _compile(function: Callable[..., None]) -> Any:
-    """The function compiled, and kept on disk where there is a place for it."""
-    try:
-        return njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})(function)
-    except RuntimeError:  # no folder to write to
-        return njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+_compile = jit("contract")
 
 
 def feedback_round(

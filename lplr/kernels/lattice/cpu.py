@@ -6,15 +6,14 @@ sorted by parity, so that those in need of a flip are one stretch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from lplr.kernels.backend import jit
 from lplr.kernels.lattice.reference import SIZE, one_bit, packed_width, stage, vectors
 
 
@@ -50,13 +49,7 @@ def _parts(grid: Any) -> tuple[Tensor, Tensor, int, float]:
     return grid.table, grid.half_norm, grid.even, grid.shift
 
 
-def _compile(function: Callable[..., Any]) -> Any:
-    """The function compiled, and kept on disk where there is a place for it."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nnan", "nsz", "contract", "reassoc"}}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder to write to
-        return njit(**options)(function)
+_compile = jit("nnan", "nsz", "contract", "reassoc")
 
 
 @_compile

@@ -12,47 +12,30 @@ grid ("narrow"); `narrower` gives it and the ratio of the two grids' steps for a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from lplr.kernels import lattice, normal_float, trellis
 from lplr.kernels.pack import packed_width, unpack
 
-
-@dataclass(frozen=True)
-class Grid:
-    """The widths of a grid, and for each the next lower one with the ratio of the steps (width 0: nothing is stored)."""
-
-    by_column: bool
-    narrow: dict[float, tuple[float, float]]
-
-    @property
-    def widths(self) -> tuple[float, ...]:
-        """Bits an entry, rising."""
-        return tuple(self.narrow)
-
-
-def _ladder(widths: tuple[float, ...], steps: tuple[float, ...]) -> dict[float, tuple[float, float]]:
-    """Each width -> the one below and the ratio of their steps."""
-    ratios = [0.0, *(low / high for low, high in zip(steps, steps[1:], strict=False))]
-    return dict(zip(widths, zip((0.0, *widths), ratios, strict=False), strict=True))
-
-
-# ratios in 8 significant bits, so that a level times its ratio is exact in float32
-_UNIFORM = (0.0, 1.6015625, 1.6953125, 1.75, 1.78125, 1.8125, 1.828125, 1.8515625)
-GRIDS: dict[str, Grid] = {
-    "uniform": Grid(False, {b: (b - 1.0, r) for b, r in zip(map(float, range(1, 9)), _UNIFORM, strict=True)}),
-    "normal_float": Grid(False, _ladder(normal_float.WIDTHS, tuple(normal_float.normal_scale(b) for b in normal_float.WIDTHS))),
-    "lattice": Grid(True, _ladder(lattice.WIDTHS, (1.0,) * len(lattice.WIDTHS))),
-    "trellis": Grid(True, _ladder(trellis.WIDTHS, (1.0,) * len(trellis.WIDTHS))),
+# step of the next lower width over that of a width, for a normal variable, in 8 significant bits: a level times it is exact
+UNIFORM = {1: 0.0, 2: 1.6015625, 3: 1.6953125, 4: 1.75, 5: 1.78125, 6: 1.8125, 7: 1.828125, 8: 1.8515625}
+WIDTHS: dict[str, tuple[float, ...]] = {
+    "uniform": tuple(map(float, UNIFORM)),
+    "normal_float": normal_float.WIDTHS,
+    "lattice": lattice.WIDTHS,
+    "trellis": trellis.WIDTHS,
 }
+BY_COLUMN = ("lattice", "trellis")
 
 
 def narrower(grid: str, bits: float) -> tuple[float, float]:
-    """(the next lower width, its step over this one's); the width is 0 below the lowest."""
-    return GRIDS[grid].narrow[bits]
+    """(the next lower width, its step over this one's); the width and the ratio are 0 below the lowest."""
+    at = WIDTHS[grid].index(bits)
+    lower = WIDTHS[grid][at - 1] if at else 0.0
+    if grid == "uniform":
+        return lower, UNIFORM[int(bits)]
+    return lower, normal_step(grid, lower) / normal_step(grid, bits) if at else 0.0
 
 
 def packed_shape(shape: tuple[int, int], grid: str, bits: float) -> tuple[int, int]:

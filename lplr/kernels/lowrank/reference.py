@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.hadamard import rotate
-from lplr.kernels.pack import unpack
-
-# step of a (B - 1)-bit grid over that of a B-bit one, for a normal variable, in 8 significant bits; B = 1: no bits, zero
-NARROW_RATIO = {1: 0.0, 2: 1.6015625, 3: 1.6953125, 4: 1.75, 5: 1.78125, 6: 1.8125, 7: 1.828125, 8: 1.8515625}
+from lplr.kernels.levels import levels, narrower
 
 _COMPUTE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
-
-
-def _levels(codes: Tensor, bits: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return unpack(codes, bits, columns).to(dtype).mul_(2).sub_((1 << bits) - 1)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -32,17 +25,18 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 def _product(x: Tensor, codes: Tensor, bits: int, scales: tuple[Tensor | None, Tensor | None]) -> Tensor:
     """((x * col) C^T) * row for one packed factor, scales = (row, col)."""
     row, col = scales
-    levels = _levels(codes, bits, x.shape[-1], x.dtype)
-    return _scaled(torch.matmul(_scaled(x, col), levels.T), row)
+    points = levels(codes, (codes.shape[0], x.shape[-1]), "uniform", bits, x.dtype)
+    return _scaled(torch.matmul(_scaled(x, col), points.T), row)
 
 
 def _backbone(x: Tensor, bits: int, codes: Tensor, narrow_codes: Tensor | None, narrow: int) -> Tensor:
     """x C_Q^T without scales: `narrow` columns of bits - 1 bits and a longer step, then columns of `bits` bits."""
-    wide = x.shape[-1] - narrow
-    y = torch.matmul(x[..., narrow:], _levels(codes, bits, wide, x.dtype).T)
+    n, wide = codes.shape[0], x.shape[-1] - narrow
+    y = torch.matmul(x[..., narrow:], levels(codes, (n, wide), "uniform", bits, x.dtype).T)
     if narrow_codes is not None:
-        more = torch.matmul(x[..., :narrow], _levels(narrow_codes, bits - 1, narrow, x.dtype).T)
-        y = y + more * NARROW_RATIO[bits]
+        lower, ratio = narrower("uniform", bits)
+        more = torch.matmul(x[..., :narrow], levels(narrow_codes, (n, narrow), "uniform", lower, x.dtype).T)
+        y = y + more * ratio
     return y
 
 

@@ -36,7 +36,7 @@ def levels(bits: float) -> Tensor:
 def round_to_levels(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
     """Codes, uint8, and values, in x's type, of the levels nearest to x (any shape); the lower one in the middle of two."""
     points = levels(bits).to(x)
-    codes = torch.bucketize(x, (points[1:] + points[:-1]) / 2)
+    codes = torch.bucketize(x.contiguous(), (points[1:] + points[:-1]) / 2)
     return codes.to(torch.uint8), points[codes]
 
 

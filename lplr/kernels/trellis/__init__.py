@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lplr.kernels.trellis import cpu
-from lplr.kernels.trellis import reference as _reference
+from lplr.kernels.backend import form
+from lplr.kernels.trellis import reference
 from lplr.kernels.trellis.reference import STATE_BITS, WIDTHS, codebook, decode, packed_width
+
+__all__ = ["STATE_BITS", "WIDTHS", "codebook", "decode", "encode", "packed_width"]
 
 
 def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
-    """The points of the trellis nearest to x; see `reference.encode`, which this calls where numba is missing."""
-    if cpu.usable() and x.device.type == "cpu":
-        return cpu.encode(x, bits)
-    return _reference.encode(x, bits)
-
-
-__all__ = ["STATE_BITS", "WIDTHS", "codebook", "decode", "encode", "packed_width"]
+    """The sequences of the trellis nearest to x: packed codes, and values; see `reference.encode`."""
+    return form("trellis", reference, x).encode(x, bits)

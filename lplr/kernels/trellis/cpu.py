@@ -1,4 +1,4 @@
-"""The trellis encoder of `reference.encode` for one core, compiled by numba: the same sums, the same ties, 50 times faster.
+"""The trellis encoder of `reference.encode` for one core, compiled by numba: the same sums, the same ties.
 
 A step is two passes over the states that the compiler turns into vector instructions: the minimum over the symbol that the
 register drops, and the cost of the entries that it takes up.
@@ -6,24 +6,17 @@ register drops, and the cost of the entries that it takes up.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from functools import cache, lru_cache
-from importlib.util import find_spec
+from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from lplr.kernels.pack import pack
 from lplr.kernels.trellis.reference import STATE_BITS, code, codebook
-
-
-@lru_cache(maxsize=1)
-def usable() -> bool:
-    """Whether numba is installed and LPLR_BACKEND does not ask for the plain reference."""
-    return os.environ.get("LPLR_BACKEND") != "reference" and find_spec("numba") is not None
 
 
 def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
@@ -47,8 +40,6 @@ def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
 @cache
 def viterbi(step_bits: int, entries: int) -> Callable[..., None]:
     """run(x (t, v), book (v, states), start, spare, back, symbols, values) with the sizes of a code compiled in."""
-    import numba
-
     ways, kept, states = 1 << step_bits, 1 << (STATE_BITS - step_bits), 1 << STATE_BITS
     wide, paired, top = ways > 8, entries == 2, STATE_BITS - step_bits
     infinity = np.float32(np.inf)

@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from lplr.quant.normal_float import levels, normal_scale, round_to_levels
+from lplr.kernels.normal_float import levels, normal_scale, round_to_levels
 
 WIDTHS = (2, 3, 4)
 

@@ -1,0 +1,46 @@
+"""Which form of an op runs on the CPU, chosen once, and how the compiled forms are compiled.
+
+LPLR_BACKEND=reference in the environment asks for the plain torch forms everywhere (for tests).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+
+@cache
+def compiled(op: str) -> ModuleType | None:
+    """The module lplr.kernels.<op>.cpu; None where numba is absent or the reference is asked for."""
+    if os.environ.get("LPLR_BACKEND") == "reference":
+        return None
+    try:
+        return import_module(f"lplr.kernels.{op}.cpu")
+    except ImportError:
+        return None
+
+
+def form(op: str, reference: ModuleType, x: Tensor) -> Any:
+    """The module whose functions serve x: the compiled one for a tensor on the CPU, else the reference."""
+    return (compiled(op) if x.device.type == "cpu" else None) or reference
+
+
+def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: compile by numba with these relaxations of IEEE arithmetic, and keep it on disk where there is a place."""
+    from numba import njit
+
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder to write to
+            return njit(**options)(function)
+
+    return decorate
