@@ -23,7 +23,7 @@ from rich.table import Table
 
 import lplr
 from lplr.errors import LplrError, RecipeError
-from lplr.recipe import Recipe, load_recipe, make_recipe
+from lplr.recipe import METHOD_NAMES, WIDTHS, Recipe, load_recipe, make_recipe
 
 # read by OpenMP when torch is imported, which no command has done yet: threads that wait must not spin, or a second busy process
 # on the machine slows every small operation down many times
@@ -54,7 +54,7 @@ _SETTINGS, _RUN = "What to do (default: the recipe's, or the one shown)", "How t
 def _default(field: str) -> str:
     value = Recipe.model_fields[field].default
     if value is None:
-        return "from the budget" if field in ("rank", "factor_bits") else "the main branch"
+        return "from the budget" if field in ("rank", "factor_bits", "grid") else "the main branch"
     return ", ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -74,7 +74,8 @@ def compress(
     output: Annotated[Path | None, _run_option("--output", "-o", text="Output folder (NAME-LPLR-BITSbpw).")] = None,
     recipe: Annotated[Path | None, _run_option("--recipe", text="A YAML recipe; flags override it.")] = None,
     bits: Annotated[float | None, _setting("--bits", "Budget per compressed weight, all overheads counted.")] = None,
-    method: Annotated[str | None, _setting("--method", "auto, lplr, lplr_svd, direct_svd, ldlq, caldera, naive.")] = None,
+    method: Annotated[str | None, _setting("--method", f"{', '.join(('auto', *METHOD_NAMES))}.")] = None,
+    grid: Annotated[str | None, _setting("--grid", f"Of Q, or without Q of L and R: {', '.join(WIDTHS)}.")] = None,
     dataset: Annotated[
         str | None, _setting("--dataset", "Calibration text: builtin, none, a text or jsonl file, a Hub dataset.")
     ] = None,
@@ -126,14 +127,15 @@ def _dry_run(recipe: Recipe) -> None:
     checkpoint = open_checkpoint(recipe.model, recipe.revision, _notice)
     plans = plan_layers(checkpoint, recipe)
     e = estimate(checkpoint, plans, recipe)
-    table = Table("matrix", "shape", "method", "rank", "bits L/R/Q", "bits per weight", title="Plan")
+    table = Table("matrix", "shape", "method", "grid", "rank", "bits L/R/Q", "bits per weight", title="Plan")
     for p in plans:
         f, shape = p.format, f"{p.shape[0]} x {p.shape[1]}"
         if f is None:
-            table.add_row(escape(p.name), shape, "dense", "", "", f"{p.dense_bits / (p.shape[0] * p.shape[1]):g} ({p.reason})")
+            cells = "dense", "", "", "", f"{p.dense_bits / (p.shape[0] * p.shape[1]):g} ({p.reason})"
         else:
-            widths = f"{f.l_bits}/{f.r_bits}/{f.q_bits}"
-            table.add_row(escape(p.name), shape, p.spec.method, str(f.rank), widths, f"{f.bits_per_weight:.4f}")
+            widths = f"{f.l_bits:g}/{f.r_bits:g}/{f.q_bits:g}"
+            cells = p.spec.method, ", ".join(f.grids()), str(f.rank), widths, f"{f.bits_per_weight:.4f}"
+        table.add_row(escape(p.name), shape, *cells)
     out.print(table)
     facts = Table("whole model", "", title="Estimate (nothing was written)")
     facts.add_row("compressed weights", f"{e.weights:,} of {e.parameters:,}")

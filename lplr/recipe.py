@@ -8,13 +8,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lplr.errors import RecipeError
 
 Rounding = Literal["nearest", "stochastic"]
 Ranges = Literal["tensor", "row", "rank", "both"]
 Sketch = Literal["gaussian", "srht", "sparse"]
+Grid = Literal["uniform", "normal_float", "lattice", "trellis"]
+
+# the widths in bits that each grid has, and every method; tests hold them equal to `kernels.levels.WIDTHS` and `factor.METHODS`
+WIDTHS: dict[str, tuple[float, ...]] = {
+    "uniform": (1, 2, 3, 4, 5, 6, 7, 8),
+    "normal_float": (2, 3, 4),
+    "lattice": (2, 3, 4),
+    "trellis": (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6),
+}
+METHOD_NAMES = ("lplr", "lplr_svd", "direct_svd", "lplr_feedback", "double_binary", "ldlq", "caldera", "naive")
+LOW_RANK = METHOD_NAMES[:5]  # L R alone, without Q
+ANY_GRID = LOW_RANK[:3]  # whose L and R may stand on any grid; the feedback of the other two knows the uniform one
+# ranges of (L, R) that a method is given where the user does not say
+FACTOR_RANGES: dict[str, tuple[Ranges, Ranges]] = {"lplr_feedback": ("row", "rank"), "double_binary": ("row", "both")}
 
 
 class _Spec(BaseModel):
@@ -22,37 +36,48 @@ class _Spec(BaseModel):
 
 
 class QuantSpec(_Spec):
-    """One factor's grid: 2**bits equally spaced points on [-range, range].
+    """One factor's grid: 2**bits equally spaced points on [-range, range], or another one of `kernels.levels`.
 
     ranges: one for the whole factor (`tensor`), one a row or column of W (`row`: the rows of L, the columns of R),
     one a column of L and row of R (`rank`), or the product of the last two (`both`).  clip: the range is the largest
-    magnitude (`max`), or the one of least mean squared error (`mse`).  Rounding is to the nearest point, or
-    stochastic: dithered and unbiased.
+    magnitude (`max`), or the one of least mean squared error (`mse`); a grid other than the uniform one has its best scale for
+    a normal variable.  Rounding is to the nearest point, or, on the uniform grid, stochastic: dithered and unbiased.
+    ValidationError (a ValueError) on a width that the grid does not have.
     """
 
-    bits: int = Field(default=2, ge=1, le=8)
+    grid: Grid = "uniform"
+    bits: float = Field(default=2, gt=0, le=8)
     rounding: Rounding = "nearest"
     ranges: Ranges = "rank"
     clip: Literal["max", "mse"] = "mse"
+
+    @model_validator(mode="after")
+    def _has_the_width(self) -> QuantSpec:
+        if problem := _misfit(self.bits, self.rounding, self.grid):
+            raise ValueError(problem)
+        return self
 
 
 class FactorSpec(_Spec):
     """How one matrix is factorized.  What is None is chosen from the shape and the budget by `factor.plan`.
 
-    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.  The first
-    q_narrow columns of Q carry one bit less than q.bits.  rotation is the seed of the random rotation of the inputs in which a
-    backbone stands, 0 for none.  rounding is that of the
-    factors whose QuantSpec is chosen by the plan (stochastic: with the range that never saturates).
+    bits_per_weight is a budget for every stored bit; rank, l, r and q are obeyed where given.  grid is that of Q, or of L and R
+    where there is no Q, if the plan chooses them.  The first q_narrow columns of Q have the next lower width of its grid.
+    rotation and output_rotation are the seeds of the random rotations of the inputs and of the outputs in which a backbone
+    stands, 0 for none.  rounding is that of the factors whose QuantSpec is chosen by the plan (stochastic: with the range that
+    never saturates).
     """
 
     method: str = "auto"
     bits_per_weight: float | None = Field(default=None, gt=0, le=16)
     rank: int | None = Field(default=None, ge=0)
+    grid: Grid | None = None
     l: QuantSpec | None = None
     r: QuantSpec | None = None
     q: QuantSpec | None = None
     q_narrow: int = Field(default=0, ge=0)
     rotation: int | None = Field(default=None, ge=0, lt=1 << 63)
+    output_rotation: int | None = Field(default=None, ge=0, lt=1 << 63)
     rounding: Rounding = "nearest"
     sketch: Sketch = "gaussian"
     power_iterations: int = Field(default=0, ge=0, le=16)
@@ -65,6 +90,7 @@ class Rule(_Spec):
     match: str
     bits: float | None = Field(default=None, gt=0, le=8)
     method: str | None = None
+    grid: Grid | None = None
     rank: int | None = Field(default=None, ge=1)
     factor_bits: int | None = Field(default=None, ge=1, le=8)
 
@@ -72,14 +98,16 @@ class Rule(_Spec):
 class Recipe(_Spec):
     """One compression run.  Everything that changes a stored byte stands here, and nothing else.
 
-    bits is the budget per weight of each compressed matrix, all overheads counted.  factor_bits None takes the
-    width from the budget (`factor.rank.default_factor_bits`).  dataset: `builtin`, `none` (data-free), a text or jsonl
+    bits is the budget per weight of each compressed matrix, all overheads counted.  grid is that of the backbone, or of the
+    factors of a method that has none; None takes it from the budget (`factor.plan`).  factor_bits None takes the width from
+    the budget (`factor.rank.default_factor_bits`).  dataset: `builtin`, `none` (data-free), a text or jsonl
     file, or the name of a dataset of the Hub.
     """
 
     model: str
     bits: float = Field(default=1.0, gt=0, le=8)
     method: str = "auto"
+    grid: Grid | None = None
     factor_bits: int | None = Field(default=None, ge=1, le=8)
     rank: int | None = Field(default=None, ge=1)
     sketch: Sketch = "gaussian"
@@ -100,14 +128,18 @@ class Recipe(_Spec):
         matching = [rule for rule in self.rules if fnmatchcase(name, rule.match)]
         rule = matching[-1] if matching else Rule(match="*")
         method = rule.method or self.method
+        grid = rule.grid or self.grid
         width = rule.factor_bits or self.factor_bits
-        quant = None if width is None else quant_spec(width, self.rounding)
+        ranges = FACTOR_RANGES.get(method, ("rank", "rank"))
+        own = grid if grid and method in ANY_GRID else "uniform"
+        l, r = (None if width is None else quant_spec(width, self.rounding, own, which) for which in ranges)
         return FactorSpec(
             method=method,
             bits_per_weight=rule.bits or self.bits,
             rank=rule.rank or self.rank,
-            l=quant,
-            r=quant,
+            grid=grid,
+            l=l,
+            r=r,
             rounding=self.rounding,
             sketch=self.sketch,
             power_iterations=self.power_iterations,
@@ -119,9 +151,24 @@ class Recipe(_Spec):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
 
-def quant_spec(bits: int, rounding: Rounding) -> QuantSpec:
-    """A factor's grid: nearest with the range of least error, or stochastic with the range that never saturates."""
-    return QuantSpec(bits=bits, rounding=rounding, clip="max" if rounding == "stochastic" else "mse")
+def quant_spec(bits: float, rounding: Rounding, grid: Grid = "uniform", ranges: Ranges = "rank") -> QuantSpec:
+    """A factor's grid: nearest with the range of least error, or stochastic with the range that never saturates.
+
+    Raises RecipeError on a width that the grid does not have, or on stochastic rounding to another than the uniform grid.
+    """
+    if problem := _misfit(bits, rounding, grid):
+        raise RecipeError(problem)
+    clip = "max" if rounding == "stochastic" else "mse"
+    return QuantSpec(grid=grid, bits=bits, rounding=rounding, ranges=ranges, clip=clip)
+
+
+def _misfit(bits: float, rounding: Rounding, grid: Grid) -> str:
+    """What is wrong with a grid's width or rounding, and what to choose; empty if nothing is."""
+    if bits not in WIDTHS[grid]:
+        return f"the {grid} grid has no width of {bits:g} bits: choose one of {', '.join(f'{w:g}' for w in WIDTHS[grid])}"
+    if grid != "uniform" and rounding == "stochastic":
+        return f"stochastic rounding needs the uniform grid, not {grid}: choose one of the two"
+    return ""
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

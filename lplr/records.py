@@ -42,9 +42,10 @@ class LayerRecord(BaseModel):
     stored: Literal["compressed", "dense"] = "compressed"
     method: str
     rank: int = 0
-    l_bits: int = 0
-    r_bits: int = 0
-    q_bits: int = 0
+    l_bits: float = 0
+    r_bits: float = 0
+    q_bits: float = 0
+    format: dict[str, Any] | None = None  # `factor.Format.to_dict` of what is stored; None of a dense matrix
     bits: int  # all stored bits of the matrix
     norm: float
     error: float = 0.0
@@ -62,6 +63,12 @@ class LayerRecord(BaseModel):
     def bits_per_weight(self) -> float:
         """bits / (n d)."""
         return self.bits / (self.shape[0] * self.shape[1])
+
+    @property
+    def grids(self) -> tuple[str, ...]:
+        """Names of the grids of L, R and Q where they are there; uniform where the record is older than the other grids."""
+        found = self.format or {}
+        return tuple(found.get(f"{part}_grid", "uniform") if getattr(self, f"{part}_bits") else "" for part in "lrq")
 
     @property
     def relative_error(self) -> float:
@@ -108,6 +115,11 @@ def layers(entries: Iterable[dict[str, Any]]) -> Iterator[LayerRecord]:
                     f"{LEDGER}: the record of {entry.get('name', 'a layer')} is damaged at {place} ({problem['msg']}): "
                     "delete the folder and compress again"
                 ) from None
+
+
+def formats(records: Iterable[LayerRecord]) -> dict[str, dict[str, Any]]:
+    """Name -> stored format of every compressed matrix: what was made, which a plan only bounds."""
+    return {r.name: r.format for r in records if r.stored == "compressed" and r.format is not None}
 
 
 def bits_per_weight(records: Iterable[LayerRecord]) -> float:

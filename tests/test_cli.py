@@ -111,7 +111,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(base: Path, tmp_path: Path, 
     rows = list(records.layers(records.read(tmp_path / "here/out/run.jsonl")))
     for row in rows:
         line = next(x for x in shown.stdout.splitlines() if f" {row.name} " in x)
-        assert re.search(rf"│ {row.rank} +│ {row.l_bits}/{row.r_bits}/{row.q_bits} +│ {row.bits_per_weight:.4f}", line)
+        assert re.search(rf"│ {row.rank} +│ {row.l_bits:g}/{row.r_bits:g}/{row.q_bits:g} +│ {row.bits_per_weight:.4f}", line)
     size = sum(p.stat().st_size for p in (tmp_path / "here/out").glob("*.safetensors"))
     assert f"together {size:,} bytes" in shown.stdout
 

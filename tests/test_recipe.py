@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from lplr.errors import RecipeError
-from lplr.recipe import Recipe, Rule, load_recipe, make_recipe
+from lplr.factor import METHODS
+from lplr.kernels import levels
+from lplr.recipe import FACTOR_RANGES, METHOD_NAMES, WIDTHS, Grid, QuantSpec, Recipe, Rule, load_recipe, make_recipe, quant_spec
 
 
 @pytest.mark.parametrize("bits", [0, -1, 17, 8.01, float("nan"), float("inf"), "abc", None, [1]])
@@ -37,6 +39,8 @@ def test_bits_out_of_range(bits: Any):
         ({"power_iterations": 2.5}, "'power_iterations' is 2.5"),
         ({"rank": 0}, "'rank' is 0"),
         ({"factor_bits": 9}, "'factor_bits' is 9"),
+        ({"grid": "hexagonal"}, "'grid' is 'hexagonal': input should be 'uniform', 'normal_float', 'lattice' or 'trellis'"),
+        ({"rules": [{"match": "*", "grid": 3}]}, r"setting 'rules\.0\.grid' is 3"),
         ({"model": None}, "'model' is None"),
         ({"modules_to_not_convert": "lm_head"}, "'modules_to_not_convert' is 'lm_head'"),
         ({3: 1}, "unknown setting '3'"),
@@ -105,3 +109,34 @@ def test_a_recipe_that_is_not_there(tmp_path: Path):
 def test_a_recipe_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Recipe(model="m").bits = 2
+
+
+def test_the_tables_say_what_the_library_has():
+    assert WIDTHS == levels.WIDTHS and get_args(Grid) == tuple(WIDTHS)
+    assert tuple(METHODS) == METHOD_NAMES and set(FACTOR_RANGES) <= set(METHODS)
+
+
+@pytest.mark.parametrize(("grid", "bits"), [("uniform", 1.5), ("lattice", 1), ("normal_float", 8), ("trellis", 7)])
+def test_a_width_that_a_grid_does_not_have(grid: Any, bits: float):
+    with pytest.raises(ValueError, match=rf"the {grid} grid has no width of {bits:g} bits: choose one of"):
+        QuantSpec(grid=grid, bits=bits)
+    with pytest.raises(RecipeError, match="choose one of"):
+        quant_spec(bits, "nearest", grid)
+
+
+def test_stochastic_rounding_needs_the_uniform_grid():
+    with pytest.raises(ValueError, match="uniform grid, not trellis"):
+        QuantSpec(grid="trellis", rounding="stochastic")
+    with pytest.raises(RecipeError, match="uniform grid, not lattice"):
+        Recipe(model="m", method="lplr", grid="lattice", factor_bits=2, rounding="stochastic").spec_for("x")
+
+
+def test_the_grid_and_the_ranges_reach_the_spec():
+    recipe = Recipe(model="m", grid="lattice", factor_bits=2, rules=(Rule(match="a", grid="trellis", method="lplr"),))
+    plain, ruled = recipe.spec_for("x"), recipe.spec_for("a")
+    assert (plain.grid, plain.l and plain.l.grid) == ("lattice", "uniform")
+    assert (ruled.grid, ruled.l and ruled.l.grid, ruled.r and ruled.r.grid) == ("trellis", "trellis", "trellis")
+    binary = Recipe(model="m", method="double_binary", factor_bits=1).spec_for("x")
+    assert binary.l and binary.r and (binary.l.ranges, binary.r.ranges) == ("row", "both")
+    with pytest.raises(RecipeError, match="no width of 5 bits"):
+        Recipe(model="m", method="lplr", grid="lattice", factor_bits=5).spec_for("x")

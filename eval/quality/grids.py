@@ -1,10 +1,11 @@
 """Rate and distortion of every grid on a Gaussian source, beside the limit 2^(-2b).
 
-    python eval/quality/grids.py [--samples 1048576] [--length 1024] [--seed 0]
+    python eval/quality/grids.py [--samples 1048576] [--length 1024] [--seed 0] [--grids trellis lattice]
 
 Prints, for every grid and width, the bits stored for each sample (padding counted; one scale for all samples is not), the mean
 squared error, its ratio to the limit at those bits (in decibels too), the figure published for that kind of grid where we could
-look it up, and the encoder's speed on one core.
+look it up, and the encoder's speed on one core (in processor time).  With --grids the rows of the others
+stay in the results as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,21 +79,33 @@ def grids() -> list[tuple[str, float, Encoder]]:
     return rows + [("trellis", b, sequences(trellis, b)) for b in trellis.WIDTHS if 1 <= b <= 4]
 
 
+def others(target: Path, setting: dict[str, Any], measured: list[str]) -> list[dict[str, Any]]:
+    """The rows of the results that are not measured again."""
+    old = json.loads(target.read_text())
+    if {key: old[key] for key in setting} != setting:
+        raise SystemExit(f"{target} was measured with other settings than {setting}: leave --grids out")
+    return [row for row in old["rows"] if row["grid"] not in measured]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=1 << 20)
     parser.add_argument("--length", type=int, default=1024, help="entries of a sequence")
     parser.add_argument("--seed", type=int, default=0)
+    names = list(dict.fromkeys(name for name, _, _ in grids()))
+    parser.add_argument("--grids", nargs="+", choices=names, default=names)
     args = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.randn(args.samples // args.length, args.length, generator=torch.Generator().manual_seed(args.seed))
-    rows = []
+    target = Path(__file__).parents[1] / "results" / "grids.json"
+    setting = {"source": "N(0, 1)", "samples": x.numel(), "length": args.length, "seed": args.seed, "threads": 1}
+    rows = others(target, setting, args.grids) if len(args.grids) < len(names) else []
     print(f"{'grid':12} {'width':>5} {'bits':>7} {'error':>9} {'limit':>9} {'ratio':>6} {'dB':>5}  {'published':31} {'M/s':>8}")
-    for name, width, encode in grids():
+    for name, width, encode in (row for row in grids() if row[0] in args.grids):
         encode(x[:1])  # tables, and what is compiled at first use
-        started = time.perf_counter()
+        started = time.process_time()
         stored, values = encode(x)
-        speed = x.numel() / (time.perf_counter() - started) / 1e6
+        speed = x.numel() / (time.process_time() - started) / 1e6
         bits, error = stored / x.numel(), float((x - values).double().square().mean())
         limit = 2.0 ** (-2 * bits)
         value, source = PUBLISHED.get((name, width), (None, None))
@@ -101,8 +115,7 @@ def main() -> None:
         print(f"{name:12} {width:5g} {measured}  {said:31} {speed:8.2f}", flush=True)
         rows.append({"grid": name, "width": width, "bits": bits, "error": error, "limit": limit, "ratio": error / limit})
         rows[-1] |= {"published": value, "source": source, "million_weights_per_second": round(speed, 3)}
-    target = Path(__file__).parents[1] / "results" / "grids.json"
-    setting = {"source": "N(0, 1)", "samples": x.numel(), "length": args.length, "seed": args.seed, "threads": 1}
+    rows.sort(key=lambda row: names.index(row["grid"]))
     target.write_text(json.dumps({**setting, "rows": rows}, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Other libraries' quantizers at their own true bits: GPTQ, HQQ and bitsandbytes NF4 on one model, one text, one perplexity code.
+"""lplr beside other libraries' quantizers, GPTQ, HQQ and bitsandbytes NF4, each at its true bits: one model, text, perplexity code.
 
     python eval/quality/peers.py --model FOLDER --wikitext wiki.test.raw --calibration c4_en_600.jsonl
         [--only nf4 hqq-2 ...] [--python hqq=PYTHON gptqmodel=PYTHON ...] [--windows 8] [--seqlen 2048]
@@ -12,8 +12,9 @@ This process puts the weights into the dense model:
     bits per weight = 8 * bytes of these tensors / number of weights of these layers
     perplexity      = of the GPTQ protocol (lplr.evaluate.perplexity): windows of `seqlen` tokens, no BOS, float32 throughout
 
-GPTQ (arXiv:2210.17323) is calibrated with 128 rows of 512 tokens, packed from the calibration text by `lplr.hf.text`.  Groups are
-of 64: 576, the width of SmolLM2-135M, is no multiple of 128.  Rows are merged into eval/results/peers.json by name.
+The rows of lplr are `lplr compress FOLDER --bits B --dataset CALIBRATION` with every other setting at its default, whatever the
+model: no training, no list of layers.  It and GPTQ (arXiv:2210.17323) are calibrated with 128 rows of 512 tokens, packed from the
+calibration text by `lplr.hf.text`.  Groups are of 64: 576, the width of SmolLM2-135M, is no multiple of 128.  Rows are merged into eval/results/peers.json by name.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ TARGET = Path(__file__).parents[1] / "results" / "peers.json"
 
 # name -> (library, settings); settings that are not named here are the library's defaults
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lplr-1": ("lplr", {"bits": 1.0}),
+    "lplr-2": ("lplr", {"bits": 2.0}),
+    "lplr-3": ("lplr", {"bits": 3.0}),
+    "lplr-4": ("lplr", {"bits": 4.0}),
+    "lplr-2-uniform": ("lplr", {"bits": 2.0, "allocation": "uniform"}),
     "nf4": ("bitsandbytes", {"quant_type": "nf4", "blocksize": 64, "compress_statistics": True}),
     "hqq-4": ("hqq", {"nbits": 4, "group_size": 64, "axis": 1}),
     "hqq-3": ("hqq", {"nbits": 3, "group_size": 64, "axis": 1}),
@@ -54,6 +60,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llmc-gptq-2": ("llmcompressor", {"num_bits": 2, "group_size": 64, "symmetric": False}),
 }
 PACKAGES = {
+    "lplr": ("transformers",),
     "bitsandbytes": ("bitsandbytes",),
     "hqq": ("hqq", "transformers"),
     "gptqmodel": ("gptqmodel", "transformers"),
@@ -64,7 +71,7 @@ Weights = dict[str, Tensor]
 Sizes = dict[str, int]  # tensor of the library's format -> bytes over all layers
 
 
-# --- in the process of a library: no import of lplr here
+# --- in the process of a library: no import of lplr here but for its own rows
 
 
 def dense_model(folder: str) -> nn.Module:
@@ -81,6 +88,19 @@ def block_linears(model: nn.Module, kind: type = nn.Linear) -> dict[str, Any]:
 def count(sizes: Sizes, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         sizes[key] = sizes.get(key, 0) + tensor.numel() * tensor.element_size()
+
+
+def with_lplr(folder: str, rows: Tensor, settings: dict[str, Any]) -> tuple[Weights, Sizes]:
+    import lplr
+
+    recipe = lplr.make_recipe({"model": folder, "dataset": settings.pop("dataset"), "nsamples": len(rows), **settings})
+    lplr.compress(recipe, "compressed", progress=lambda done, total, what: None)
+    weights, sizes = {}, {}
+    for name, layer in lplr.load("compressed").named_modules():
+        if isinstance(layer, lplr.LowRankLinear):
+            count(sizes, layer.stored())
+            weights[name] = layer.weight
+    return weights, sizes
 
 
 def with_bitsandbytes(folder: str, _: Tensor, settings: dict[str, Any]) -> tuple[Weights, Sizes]:
@@ -150,6 +170,7 @@ def with_llmcompressor(folder: str, rows: Tensor, settings: dict[str, Any]) -> t
 
 
 WORKERS: dict[str, Callable[[str, Tensor, dict[str, Any]], tuple[Weights, Sizes]]] = {
+    "lplr": with_lplr,
     "bitsandbytes": with_bitsandbytes,
     "hqq": with_hqq,
     "gptqmodel": with_gptqmodel,
@@ -157,9 +178,10 @@ WORKERS: dict[str, Callable[[str, Tensor, dict[str, Any]], tuple[Weights, Sizes]
 }
 
 
-def work(name: str, folder: str, scratch: Path) -> None:
+def work(name: str, folder: str, scratch: Path, calibration: str) -> None:
     """Quantize; write weights.safetensors and facts.json into scratch, where rows.safetensors holds the calibration tokens."""
     library, settings = PEERS[name]
+    settings = settings | {"dataset": calibration} if library == "lplr" else settings
     rows = load_file(scratch / "rows.safetensors")["rows"]
     started, cpu = time.perf_counter(), time.process_time()
     weights, sizes = WORKERS[library](folder, rows, settings)
@@ -176,12 +198,13 @@ def work(name: str, folder: str, scratch: Path) -> None:
 # --- in the first process
 
 
-def quantize(name: str, python: str, folder: str, rows: Tensor) -> tuple[Weights, dict[str, Any]]:
+def quantize(name: str, python: str, folder: str, rows: Tensor, calibration: str) -> tuple[Weights, dict[str, Any]]:
     """Weights and facts of a peer from a process of its own; raises RuntimeError with the end of what it said if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"rows": rows.contiguous()}, Path(scratch) / "rows.safetensors")
         here, model = str(Path(__file__).resolve()), str(Path(folder).resolve())
         command = [os.path.abspath(python), here, "--worker", name, "--model", model, "--scratch", scratch]
+        command += ["--calibration", str(Path(calibration).resolve())]
         # in the scratch folder, because llmcompressor and gptqmodel leave logs where they run
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, cwd=scratch)
         if done.returncode:
@@ -252,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
         library, settings = PEERS[name]
         row: dict[str, Any] = {"name": name, "library": library, "settings": settings, "versions": {}}
         try:
-            weights, facts = quantize(name, pythons.get(library, pythons.get("", sys.executable)), args.model, rows)
+            weights, facts = quantize(name, pythons.get(library, pythons.get("", sys.executable)), args.model, rows, args.calibration)
             parts = {k: 8 * v / count_of_weights for k, v in facts.pop("sizes").items()}
             off = sum((weights[k] - w).square().sum().item() for k, w in dense.items())
             row |= facts | {"bits_per_weight": sum(parts.values()), "parts": parts}
@@ -279,7 +302,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args.model, args.scratch)
+        work(args.worker, args.model, args.scratch, args.calibration)
     elif args.wikitext and args.calibration:
         run(args)
     else:

@@ -3,9 +3,9 @@
     python eval/quality/trellis_search.py [--widths 1 2 3] [--seconds 30]
 
 For each width: random (A, B, shift) in two families (a multiplication alone, and multiply-shift-multiply), the best by
-mean squared
-error on one Gaussian sample; of the best eight the best on fresh samples, with the gain of least error; then the start state of
-least mean cost-to-go.  What is printed goes into CODES by hand; eval/quality/grids.py measures it on another sample.
+mean squared error on one short Gaussian sample; the best of those on longer ones (ROUNDS), for samples that are short choose by
+luck; of the best four the best gain; then the start state of least mean cost-to-go.  What is printed goes into CODES by hand;
+eval/quality/grids.py measures it on another sample.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from lplr.kernels.trellis.cpu import viterbi
+from lplr.kernels.trellis.cpu import by_last_symbol, viterbi
 from lplr.kernels.trellis.reference import STATE_BITS, Code, book_of
 
 STATES = 1 << STATE_BITS
 STEPS = {0.5: (1, 2), 1.0: (1, 1), 1.5: (3, 2), 2.0: (2, 1), 2.5: (5, 2), 3.0: (3, 1), 3.5: (7, 2)} | {
     float(b): (b, 1) for b in (4, 5, 6)
 }
-GAINS = np.arange(0.94, 1.101, 0.02)
+GAINS = np.arange(0.96, 1.081, 0.01)
+ROUNDS = ((400, 24_000), (40, 240_000))  # (candidates left, entries of the sample that ranks them)
 
 
 def cost(c: Code, x: np.ndarray) -> float:
     """Mean squared error of the code on x (t, v)."""
-    back = np.empty((len(x), STATES >> c.step_bits), np.uint8)
-    symbols, values = np.empty(len(x), np.uint8), np.empty(x.shape, np.float32)
-    viterbi(c.step_bits, c.entries)(x, book_of(c).numpy(), c.start, 0, back, symbols, values)
-    return float(np.square(x - values).mean())
+    book, row = book_of(c).numpy(), x.reshape(1, -1)
+    codes, values = np.empty((1, -(-len(x) * c.step_bits // 8)), np.uint8), np.empty_like(row)
+    viterbi(c.step_bits, c.entries)(row, book, by_last_symbol(book, c.step_bits), c.start, codes, values, 0, 1)
+    return float(np.square(row - values).mean())
 
 
 def candidate(step_bits: int, entries: int, mixed: bool, rng: np.random.Generator) -> Code:
@@ -70,11 +71,15 @@ def search(width: float, seconds: float) -> tuple[Code, float]:
             c = candidate(step_bits, entries, mixed, rng)
             found.append((cost(c, x), c))
     found.sort(key=lambda pair: pair[0])
-    fresh = [sample(4800) for _ in range(6)]
-    finals = [replace(c, gain=round(c.gain * g, 5)) for _, c in found[:8] for g in GAINS]
-    chosen = min(finals, key=lambda c: sum(cost(c, y) for y in fresh))
+    left = [c for _, c in found]
+    for kept, length in ROUNDS:
+        y = sample(length)
+        left = sorted(left[:kept], key=lambda c: cost(c, y))
+    fresh = sample(ROUNDS[-1][1])
+    finals = [replace(c, gain=round(c.gain * g, 5)) for c in left[:4] for g in GAINS]
+    chosen = min(finals, key=lambda c: cost(c, fresh))
     chosen = replace(chosen, start=best_start(chosen, rng))
-    return chosen, float(np.mean([cost(chosen, sample(4800)) for _ in range(20)]))
+    return chosen, float(np.mean([cost(chosen, sample(4800)) for _ in range(100)]))
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ R_AXIS: dict[str, Axis] = {"tensor": "tensor", "row": "column", "rank": "row", "
 
 def quantize_l(L: Tensor, spec: QuantSpec, generator: torch.Generator) -> tuple[QTensor, Tensor]:
     """L (n x r) on its grid, and the factor (r,) or (1,) along the rank that was left out of it for R to absorb."""
-    q = quantize(L, spec.bits, axis=L_AXIS[spec.ranges], rounding=spec.rounding, clip=spec.clip, generator=generator)
+    q = _on_grid(L, spec, L_AXIS[spec.ranges], generator)
     if spec.ranges == "tensor":
         assert q.row_scale is not None
         return replace(q, row_scale=None), q.row_scale.to(L.dtype)
@@ -39,7 +39,13 @@ def quantize_l(L: Tensor, spec: QuantSpec, generator: torch.Generator) -> tuple[
 
 def quantize_r(R: Tensor, spec: QuantSpec, generator: torch.Generator) -> QTensor:
     """R (r x d) on its grid."""
-    return quantize(R, spec.bits, axis=R_AXIS[spec.ranges], rounding=spec.rounding, clip=spec.clip, generator=generator)
+    return _on_grid(R, spec, R_AXIS[spec.ranges], generator)
+
+
+def _on_grid(x: Tensor, spec: QuantSpec, axis: Axis, generator: torch.Generator) -> QTensor:
+    return quantize(
+        x, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, grid=spec.grid, generator=generator
+    )
 
 
 def project(A: Tensor, start: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:

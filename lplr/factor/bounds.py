@@ -27,10 +27,10 @@ from torch import Tensor
 
 from lplr.errors import CheckpointError, RecipeError
 from lplr.factor.alternating import L_AXIS, R_AXIS
+from lplr.factor.factorization import rotated
 from lplr.factor.noise import ROUND_UP, matrix_peak, noise_energy, row_peak, saturation_free, worst_case
 from lplr.factor.rank import plan
 from lplr.factor.spectrum import spectrum
-from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.kernels.levels import narrower
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.linalg.project import least_squares
@@ -68,6 +68,9 @@ class Bound:
     def rms(self) -> float | None:
         """Root of `total`."""
         return None if self.total is None else math.sqrt(self.total)
+
+
+_UNKNOWN = Bound({}, "none", "no statement: the worst case is known of the uniform grid alone")
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def error_bound(
         return Bound({}, "none", f"no statement: entries near 2^{exponent} leave the range of bfloat16 scales", metric)
     unit = 2.0**exponent
     C = None if H is None else metric_factor(H.to(A.dtype), spec.rotation or 0)
-    A = rotate(A, rotation_signs(spec.rotation, A.shape[1])) if spec.rotation else A
+    A = rotated(A, spec.rotation or 0, spec.output_rotation or 0)
     given = None if singular_values is None else singular_values.double() / unit
     case = _Case(A / unit, C, spec, failure, None if L is None else L.to(A.dtype), given)
     bound = method(case)
@@ -157,12 +160,8 @@ def error_bound(
 
 
 def metric_factor(H: Tensor, rotation: int = 0) -> Tensor:
-    """C with C C^T = O^T damped(H) O, as `factorize` makes it: O the rotation with this seed, the identity for 0."""
-    H = damped(H)
-    if rotation:
-        signs = rotation_signs(rotation, H.shape[0])
-        H = rotate(rotate(H, signs).T, signs)
-    return cholesky_factor(H)
+    """C with C C^T = O^T damped(H) O, as `factorize` makes it, for the seed of the rotation O of the inputs."""
+    return cholesky_factor(rotated(rotated(damped(H), rotation, 0).T, rotation, 0))
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def _lplr(case: _Case) -> Bound:
     if case.spec.alternations:
         return _capped(case)
     found = [_trivial_basis(case)]
-    if case.spec.sketch == "gaussian":
+    if case.spec.sketch == "gaussian" and _uniform(case.spec.l):
         found += _power_basis(case) if case.spec.power_iterations else _gaussian_basis(case)
     return _with_second_factor(case, min(found, key=lambda b: b.total or 0.0))
 
@@ -180,7 +179,7 @@ def _lplr(case: _Case) -> Bound:
 def _lplr_svd(case: _Case) -> Bound:
     if case.spec.alternations:
         return _capped(case)
-    found = [_trivial_basis(case), *_svd_basis(case)]
+    found = [_trivial_basis(case), *(_svd_basis(case) if _uniform(case.spec.l) else [])]
     return _with_second_factor(case, min(found, key=lambda b: b.total or 0.0))
 
 
@@ -188,6 +187,8 @@ def _direct_svd(case: _Case) -> Bound:
     """(D): both factors are known before they are rounded, so every scale is."""
     spec, m = case.spec, case.spec.rank or 0
     assert spec.l and spec.r
+    if not (_uniform(spec.l) and _uniform(spec.r)):
+        return _UNKNOWN
     U, s, _ = torch.linalg.svd(case.B, full_matrices=False)
     U = U[:, :m].contiguous()
     rows, cols = _grid(U, spec.l, L_AXIS[spec.l.ranges])
@@ -217,6 +218,8 @@ def _naive(case: _Case) -> Bound:
     """(N): sum_ij H_jj Var_ij, or the worst case of every entry."""
     q = case.spec.q
     assert q is not None
+    if not _uniform(q):
+        return _UNKNOWN
     rows, cols = _grid(case.A, q, "tensor" if q.ranges == "tensor" else "row")
     if saturation_free(q):
         total = float(rows.square().sum()) * float((case.weights * cols.square()).sum())
@@ -228,17 +231,18 @@ def _naive(case: _Case) -> Bound:
 def _ldlq(case: _Case) -> Bound:
     """(0): nothing is known of clipped feedback rounding before it is done; the method falls back to Q = 0.
 
-    Without a metric there is no feedback, and (N) may be less; the first columns may have one bit less and a longer step.
+    Without a metric there is no feedback, and on the uniform grid (N) may be less, narrow columns with their longer step counted.
     """
     q, narrow = case.spec.q, case.spec.q_narrow
     assert q is not None
     capped = _capped(case)
-    if case.C is not None:
+    if case.C is not None or not _uniform(q):
         return capped
+    bits = int(q.bits)
     nearest = q.model_copy(update={"rounding": "nearest", "clip": "mse"})
-    rows, cols = _grid(case.A * ONE_BIT if q.bits == 1 else case.A, nearest, "tensor" if q.ranges == "tensor" else "row")
-    top = torch.full_like(cols, (1 << q.bits) - 1)
-    top[:narrow], cols[:narrow] = (1 << (q.bits - 1)) - 1, narrower("uniform", q.bits)[1]
+    rows, cols = _grid(case.A * ONE_BIT if bits == 1 else case.A, nearest, "tensor" if q.ranges == "tensor" else "row")
+    top = torch.full_like(cols, (1 << bits) - 1)
+    top[:narrow], cols[:narrow] = (1 << (bits - 1)) - 1, narrower("uniform", bits)[1]
     half = rows[:, None] * cols
     total = float(torch.maximum(half, case.A.double().abs() - top * half).square().sum())
     worst = Bound({"rounding": total}, "certain", "worst case of the rounding of every entry (N)")
@@ -250,10 +254,17 @@ def _caldera(case: _Case) -> Bound:
     return _lplr(case) if case.spec.q is None else _capped(case)
 
 
+def _capped(case: _Case) -> Bound:
+    """(0): a refined factorization never exceeds that of L R = 0."""
+    return Bound({"trivial": case.energy}, "certain", "trivial: ||E C|| <= ||W C||, which the method guarantees (0)")
+
+
 _METHODS: dict[str, Callable[[_Case], Bound]] = {
     "lplr": _lplr,
     "lplr_svd": _lplr_svd,
     "direct_svd": _direct_svd,
+    "lplr_feedback": _capped,
+    "double_binary": _capped,
     "naive": _naive,
     "caldera": _caldera,
     "ldlq": _ldlq,
@@ -263,9 +274,8 @@ _METHODS: dict[str, Callable[[_Case], Bound]] = {
 # --- the part that the basis L leaves --------------------------------------------------------------------------------------
 
 
-def _capped(case: _Case) -> Bound:
-    """(0): a refined factorization never exceeds that of L R = 0."""
-    return Bound({"trivial": case.energy}, "certain", "trivial: ||E C|| <= ||W C||, which the method guarantees (0)")
+def _uniform(quant: QuantSpec | None) -> bool:
+    return quant is not None and quant.grid == "uniform"
 
 
 def _trivial_basis(case: _Case) -> Bound:
@@ -288,7 +298,7 @@ def _gaussian_basis(case: _Case) -> list[Bound]:
     theta = k / (m - k - 1)
     spread = case.energy if quant.ranges == "row" else n * float(case.row_squares.max())
     log = math.log(2 * n * m / case.failure)
-    noise = 2 * log * spread * (ROUND_UP / ((1 << quant.bits) - 1)) ** 2
+    noise = 2 * log * spread * (ROUND_UP / ((1 << int(quant.bits)) - 1)) ** 2
     sketch = (1 + theta) * _tails(case).cpu()[1 : m - 1]
     if quant.rounding == "stochastic":
         rounding, cross = theta * noise, torch.zeros_like(theta)
@@ -336,7 +346,7 @@ def _svd_basis(case: _Case) -> list[Bound]:
     if energy is not None:
         found.append(float(s[0]) * energy)
     if saturation_free(quant) and quant.ranges != "both":
-        step = (ROUND_UP / ((1 << quant.bits) - 1)) ** 2
+        step = (ROUND_UP / ((1 << int(quant.bits)) - 1)) ** 2
         peak = row_peak(m) * trace if quant.ranges == "row" else n * matrix_peak(rows, m, m)
         found.append(step * trace * peak / m)
     if not found:
@@ -351,6 +361,8 @@ def _with_second_factor(case: _Case, basis: Bound) -> Bound:
     """Add (R), which needs the drawn L: how far L^+ W reaches depends on the conditioning of L."""
     quant = case.spec.r
     assert quant is not None
+    if not _uniform(quant):
+        return Bound(basis.terms, "none", f"{basis.statement} + R: no statement on R on the {quant.grid} grid")
     if case.L is None:
         return Bound(basis.terms, "none", f"{basis.statement} + R: no statement on R without the drawn L, pass L")
     wanted = least_squares(case.L, case.A)

@@ -1,5 +1,7 @@
 """CALDERA: a backbone with feedback rounding plus low-precision factors, A ~ Q + L R.
 
+How the bits are shared between the two, where that is left open, is `factor.rank.exchanges`.
+
 By turns, in the metric H = C C^T, keeping the best round:
 
     L R <- LPLR of A - Q            Q <- LDLQ of A - L R   (to nearest without a metric)
@@ -13,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lplr.errors import RecipeError
 from lplr.factor.factorization import Factorization
 from lplr.factor.lplr import lplr
 from lplr.quant.ldlq import ldlq
@@ -24,7 +27,7 @@ ROUNDS = 2  # a compromise: more lower the error where Q has one bit, at the pri
 
 
 def caldera(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
-    """A (n x d) ~ Q + L R; rank 0 gives Q alone, no q the factors alone.
+    """A (n x d) ~ Q + L R, each on any grid; rank 0 gives Q alone, no q the factors alone.
 
     The error never exceeds ||A C||_F: where no round beats zero, that is returned.
     """
@@ -36,7 +39,7 @@ def caldera(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Gene
     for _ in range(ROUNDS if spec.rank else 1):
         low_rank = lplr(residual, spec, C, generator) if spec.rank else None
         target = A if low_rank is None else A - low_rank.dequantize(A.dtype)
-        q = _backbone(target, spec.q, H, generator)
+        q = _backbone(target, spec.q, spec.q_narrow, H, generator)
         rounded = q.dequantize(A.dtype)
         error = target - rounded
         size = float(torch.linalg.vector_norm(error if C is None else error @ C))
@@ -50,8 +53,14 @@ def caldera(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Gene
     return best
 
 
-def _backbone(target: Tensor, spec: QuantSpec, H: Tensor | None, generator: torch.Generator) -> QTensor:
+def _backbone(target: Tensor, spec: QuantSpec, narrow: int, H: Tensor | None, generator: torch.Generator) -> QTensor:
+    """Q; with narrow columns but no metric, feedback rounding in the identity, which is rounding to nearest."""
     axis = "tensor" if spec.ranges == "tensor" else "row"
-    if H is not None and spec.rounding == "nearest":
-        return ldlq(target, spec.bits, H, axis=axis)
-    return quantize(target, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, generator=generator)
+    if narrow and spec.rounding != "nearest":
+        raise RecipeError(f"caldera rounds a Q with {narrow} narrow columns to nearest only: set q.rounding to 'nearest'")
+    if (H is None and not narrow) or spec.rounding != "nearest":
+        return quantize(
+            target, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, grid=spec.grid, generator=generator
+        )
+    H = torch.eye(target.shape[1], dtype=target.dtype, device=target.device) if H is None else H
+    return ldlq(target, spec.bits, H, grid=spec.grid, axis=axis, narrow=narrow)

@@ -3,7 +3,7 @@
     exact    ||W - Q - L R||_F in float64 plus a proven allowance for its rounding: certain
     probes   sqrt(est / (1 - t)),  est = (1/N) sum_j ||(W - Q - L R) g_j||^2,  g_j ~ N(0, I_d):  holds but for `failure`
 
-A factorization that stands in a rotated basis O is held against W O, which has the same error.
+A factorization that stands in rotated bases P, O is held against P^T W O, which has the same error.
 t solves -ln(1-t) - t = 2 ln(1/failure) / N, Chernoff's bound on the lower tail of chi-square with N degrees of freedom, which
 is the worst case over all matrices (docs/bounds.md); sharper than Laurent and Massart's 2 sqrt(x/N).
 Sources: Laurent, Massart, Ann. Statist. 2000, Lemma 1; Higham, Accuracy and Stability, section 3.1 (gamma_k = k u / (1 - k u)).
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from lplr.errors import RecipeError
 from lplr.factor.bounds import Bound, error_bound, metric_factor
-from lplr.factor.factorization import Factorization
+from lplr.factor.factorization import Factorization, rotated
 from lplr.factor.rank import plan
 from lplr.factor.spectrum import optimal_error, spectrum
+from lplr.kernels.levels import BY_COLUMN
 from lplr.linalg.hessian import DAMPING
 from lplr.quant.qtensor import QTensor
 from lplr.recipe import FactorSpec
@@ -32,7 +33,7 @@ PROBES, FAILURE = 64, 1e-6
 METRIC_UP_TO = 2048  # inputs up to which sigma_min(C) is bounded, by a Cholesky factorization in float64
 SAMPLE = 48  # singular values kept in a record
 _BLOCK = 1 << 21  # entries of W widened to float64 at once
-_ROTATION = 4096  # length of gamma that covers a rotation in float64: at most 2 x 4 products with 64 x 64 matrices
+_ROTATION = 4096  # length of gamma that covers one rotation in float64: at most 2 x 4 products with 64 x 64 matrices
 _CANCELLED = 1e-4  # relative allowance above which the Gram route gives way to the residual
 
 
@@ -52,7 +53,7 @@ def weighted_error(W: Tensor, f: Factorization, H: Tensor) -> float:
     """
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     R = None if f.r is None else f.r.dequantize(dtype)
-    H = f.rotated(f.rotated(H.to(dtype)).T)
+    H = rotated(rotated(H.to(dtype), f.rotation, 0).T, f.rotation, 0)
     error = weight = 0.0
     for W_i, L_i, Q_i in _row_blocks(W, f, dtype):
         error += _quadratic(_residual(W_i, L_i, R, Q_i), H)
@@ -223,12 +224,31 @@ def least_singular_value(H: Tensor, rotation: int = 0) -> float:
 def _row_blocks(
     W: Tensor, f: Factorization, dtype: torch.dtype = torch.float64
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """(rows of W O, of L, of Q), widened to `dtype`, a bounded number at a time."""
-    step = max(1, _BLOCK // W.shape[1])
-    for start in range(0, W.shape[0], step):
+    """(rows of P^T W O, of L, of Q), widened to `dtype`, a bounded number at a time.
+
+    Rotated outputs take one copy of the whole matrix in `dtype`, and so does each part on a grid that couples its rows.
+    """
+    n, d = W.shape
+    step = max(1, _BLOCK // d)
+    turned = _outputs_rotated(W, f.output_rotation, dtype) if f.output_rotation else W
+    dense = [part.dequantize(dtype) if part is not None and part.grid in BY_COLUMN else None for part in (f.l, f.q)]
+    for start in range(0, n, step):
         rows = slice(start, start + step)
-        L, Q = (None if part is None else _rows(part, rows).dequantize(dtype) for part in (f.l, f.q))
-        yield f.rotated(W[rows].to(dtype)), L, Q
+        L, Q = (
+            whole[rows] if whole is not None else None if part is None else _rows(part, rows).dequantize(dtype)
+            for whole, part in zip(dense, (f.l, f.q), strict=True)
+        )
+        yield rotated(turned[rows].to(dtype), f.rotation, 0), L, Q
+
+
+def _outputs_rotated(W: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """P^T W in `dtype`, some columns at a time."""
+    out = torch.empty(W.shape, dtype=dtype, device=W.device)
+    step = max(1, _BLOCK // W.shape[0])
+    for start in range(0, W.shape[1], step):
+        columns = slice(start, start + step)
+        out[:, columns] = rotated(W[:, columns].to(dtype), 0, seed)
+    return out
 
 
 def _rows(q: QTensor, rows: slice) -> QTensor:
@@ -238,7 +258,7 @@ def _rows(q: QTensor, rows: slice) -> QTensor:
 
 
 def _rotation(f: Factorization) -> int:
-    return _ROTATION if f.rotation else 0
+    return _ROTATION * (bool(f.rotation) + bool(f.output_rotation))
 
 
 def _residual(W: Tensor, L: Tensor | None, R: Tensor | None, Q: Tensor | None) -> Tensor:

@@ -50,8 +50,8 @@ def double_binary(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torc
     problem = Problem.of(A, C)
     size = float(torch.linalg.vector_norm(problem.AC))
     zl, zr = _start(A / (size or 1.0), spec, C, generator)
-    l = QTensor.from_codes(zl.codes.to(torch.uint8), spec.l.bits, round_scale(zl.u))
-    r = QTensor.from_codes(zr.codes.to(torch.uint8), spec.r.bits, round_scale(zl.v * zr.u * size), round_scale(zr.v))
+    l = QTensor.from_codes(zl.codes.to(torch.uint8), zl.bits, round_scale(zl.u))
+    r = QTensor.from_codes(zr.codes.to(torch.uint8), zr.bits, round_scale(zl.v * zr.u * size), round_scale(zr.v))
     if not size > 0:
         return Factorization(l, r)
     l, r, error = improved(problem, l, r, spec.alternations)
@@ -61,7 +61,7 @@ def double_binary(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torc
 def _start(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> tuple[_OnGrid, _OnGrid]:
     """Factors on the grid for A with ||A C||_F about one, found with the inputs scaled to H_jj = 1."""
     assert spec.l is not None and spec.r is not None and spec.rank
-    bits, iterations = (spec.l.bits, spec.r.bits), ITERATIONS * max(1, spec.alternations)
+    bits, iterations = (int(spec.l.bits), int(spec.r.bits)), ITERATIONS * max(1, spec.alternations)
     if not A.any():
         zeros = A.new_zeros(A.shape[0], spec.rank), A.new_zeros(spec.rank, A.shape[1])
         return _OnGrid.zero(zeros[0], bits[0]), _OnGrid.zero(zeros[1], bits[1])

@@ -147,13 +147,13 @@ def _order(C: Tensor | None, A: Tensor) -> Tensor:
 def _round_l(L: Tensor, spec: QuantSpec, M: Tensor) -> QTensor:
     """L on its grid; a scale along the rank, or for the whole of L, is left out for R to absorb."""
     row, col = scales(L, spec.bits, axis=L_AXIS[spec.ranges], clip=spec.clip)
-    q = rounded(L, spec.bits, None, unit_upper(damped(M, DAMPING)), row, col)
+    q = rounded(L, int(spec.bits), None, unit_upper(damped(M, DAMPING)), row, col)
     return replace(q, row_scale=None if spec.ranges == "tensor" else row, col_scale=None)
 
 
 def _round_r(R: Tensor, spec: QuantSpec, G: Tensor, U_H: Tensor) -> QTensor:
     row, col = scales(R, spec.bits, axis=R_AXIS[spec.ranges], clip=spec.clip)
-    return rounded(R, spec.bits, unit_upper(damped(G, DAMPING)), U_H, row, col)
+    return rounded(R, int(spec.bits), unit_upper(damped(G, DAMPING)), U_H, row, col)
 
 
 def _codes(q: QTensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""A backbone alone, rounded with feedback: A ~ Q in the basis of the rotated inputs.
+"""A backbone alone, rounded with feedback: A ~ Q in the bases of the rotated inputs and outputs.
 
-The rotation makes the entries of A close to normal and spreads the inputs' second moments over all columns; the columns that
-are rounded last, whose errors nothing absorbs any more, get the bits that a fractional budget leaves over.
+The rotations make the entries of A close to normal, so that one scale serves all, and spread the inputs' second moments over
+all columns; the columns that are rounded last, whose errors nothing absorbs any more, get the bits that a fractional budget
+leaves over.
 Source: Chee, Cai, Kuleshov, De Sa, "QuIP", NeurIPS 2023 (incoherence and LDLQ); the split widths are our own.
 """
 
@@ -16,14 +17,14 @@ from lplr.recipe import FactorSpec
 
 
 def ldlq(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
-    """A (n x d) ~ Q; without a metric each entry is rounded to nearest.  O(n d^2).
+    """A (n x d) ~ Q on any grid; without a metric every column is rounded to nearest.  O(n d^2), and the grid's encoder.
 
     The error never exceeds ||A C||_F: where feedback drove the rounding beyond that, Q = 0 is returned.
     """
     assert spec.q is not None
     H = torch.eye(A.shape[1], dtype=A.dtype, device=A.device) if C is None else C @ C.T
     axis = "tensor" if spec.q.ranges == "tensor" else "row"
-    q = rounded(A, spec.q.bits, H, axis=axis, narrow=spec.q_narrow)
+    q = rounded(A, spec.q.bits, H, grid=spec.q.grid, axis=axis, narrow=spec.q_narrow)
     error = A - q.dequantize(A.dtype)
     before, after = (float(torch.linalg.vector_norm(X if C is None else X @ C)) for X in (A, error))
     return Factorization(q=q if after <= before else q.zeroed())

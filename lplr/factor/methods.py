@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lplr.errors import CheckpointError, RecipeError, choose
+from lplr.factor.bounds import metric_factor
 from lplr.factor.caldera import caldera
-from lplr.factor.factorization import Factorization
+from lplr.factor.double_binary import double_binary
+from lplr.factor.factorization import Factorization, rotated
+from lplr.factor.feedback import lplr_feedback
 from lplr.factor.ldlq import ldlq
 from lplr.factor.lplr import lplr
 from lplr.factor.naive import naive
-from lplr.factor.rank import plan
+from lplr.factor.rank import exchanges
 from lplr.factor.svd import direct_svd, lplr_svd
-from lplr.kernels.hadamard import rotate, rotation_signs
-from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.quant.qtensor import QTensor, round_scale
 from lplr.recipe import FactorSpec
 
@@ -29,6 +30,8 @@ METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator]
     "lplr": lplr,
     "lplr_svd": lplr_svd,
     "direct_svd": direct_svd,
+    "lplr_feedback": lplr_feedback,
+    "double_binary": double_binary,
     "ldlq": ldlq,
     "caldera": caldera,
     "naive": naive,
@@ -38,8 +41,9 @@ METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator]
 def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator: torch.Generator) -> Factorization:
     """W (n x d) ~ Q + L R: minimise ||W - Q - L R||_F, or tr(E H E^T) where H (d x d) = E[x x^T] is given.
 
-    The spec is completed by `plan`; randomness comes from `generator` alone.  W is scaled by a power of two first, so that
-    nothing overflows, and float16 / bfloat16 input is computed in float32.
+    The spec is completed by `plan`, or, where it leaves open how bits are shared between Q and L R, by the best of `exchanges`;
+    randomness comes from `generator` alone.  W is scaled by a power of two first, so that nothing overflows, and float16 /
+    bfloat16 input is computed in float32.
     Raises CheckpointError on NaN or Inf, RecipeError when nothing fits the budget or the method is unknown.
     """
     if W.dim() != 2 or 0 in W.shape:
@@ -50,7 +54,8 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
         largest = math.nan
     if not math.isfinite(largest):
         raise CheckpointError("the matrix holds NaN or Inf: repair the checkpoint, or leave this module out")
-    spec = plan((W.shape[0], W.shape[1]), spec)
+    plans = exchanges((W.shape[0], W.shape[1]), spec)
+    spec = plans[0]
     method = choose(METHODS, spec.method, "method")
     if not spec.rank and spec.q is None:
         raise RecipeError(
@@ -60,14 +65,18 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
     A = W if W.dtype == torch.float64 else W.float()
     unit = 1.0 if SAFE[0] <= largest <= SAFE[1] or largest == 0 else 2.0 ** math.frexp(largest)[1]
     A = A / unit if unit != 1.0 else A
-    H = None if H is None else damped(H.to(A.dtype))
-    if spec.rotation:
-        signs = rotation_signs(spec.rotation, A.shape[1])
-        A = rotate(A, signs)
-        H = None if H is None else rotate(rotate(H, signs).T, signs)
-    C = None if H is None else cholesky_factor(H)
-    f = _rescale(method(A, spec, C, generator), unit)
-    return replace(f, rotation=spec.rotation or 0)
+    A = rotated(A, spec.rotation or 0, spec.output_rotation or 0)
+    C = None if H is None else metric_factor(H.to(A.dtype), spec.rotation or 0)
+    found = [method(A, planned, C, generator) for planned in plans]
+    if len(found) > 1:
+        found.sort(key=lambda f: _error(A, f, C))  # stable: Q alone where nothing is better
+    return replace(_rescale(found[0], unit), rotation=spec.rotation or 0, output_rotation=spec.output_rotation or 0)
+
+
+def _error(A: Tensor, f: Factorization, C: Tensor | None) -> float:
+    """||(A - Q - L R) C||_F."""
+    E = A - f.dequantize(A.dtype)
+    return float(torch.linalg.vector_norm(E if C is None else E @ C))
 
 
 def _rescale(f: Factorization, unit: float) -> Factorization:

@@ -1,4 +1,4 @@
-"""Naive quantization: every entry of A rounded to a uniform grid, one range a row.
+"""Naive quantization: every entry of A rounded to the nearest point of a grid, one range a row.
 
 Source: the baseline NQ of Saha, Srivastava, Pilanci, NeurIPS 2023, section 4 (there one range for the whole matrix).
 """
@@ -18,4 +18,4 @@ def naive(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Genera
     q = spec.q
     assert q is not None
     axis = "tensor" if q.ranges == "tensor" else "row"
-    return Factorization(q=quantize(A, q.bits, axis=axis, rounding=q.rounding, clip=q.clip, generator=generator))
+    return Factorization(q=quantize(A, q.bits, axis=axis, rounding=q.rounding, clip=q.clip, grid=q.grid, generator=generator))

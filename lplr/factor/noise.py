@@ -26,7 +26,7 @@ def saturation_free(quant: QuantSpec) -> bool:
 def worst_case(x: Tensor, rows: Tensor, cols: Tensor, quant: QuantSpec) -> Tensor:
     """Largest possible |x - Q(x)|, entry by entry, for the grid with half steps rows_i cols_j."""
     half = rows[:, None] * cols
-    top = (1 << quant.bits) - 1
+    top = (1 << int(quant.bits)) - 1
     inside = half if quant.rounding == "nearest" else 2 * half
     return torch.maximum(inside, x.abs() - top * half)
 
@@ -64,11 +64,11 @@ def noise_energy(quant: QuantSpec, energy: float, row_squares: Tensor, m: int) -
 
     energy >= ||M||_F^2 and row_squares_i >= ||row i of M||^2.  Holds for nearest and stochastic rounding alike.
     """
-    step = (ROUND_UP / ((1 << quant.bits) - 1)) ** 2
+    step = (ROUND_UP / ((1 << int(quant.bits)) - 1)) ** 2
     if quant.ranges == "both" or (quant.clip == "mse" and quant.rounding == "stochastic"):
         return None
     if quant.clip == "mse":
-        share = min(1.0, sphere_distortion(quant.bits, m) + _SCALE_ROUNDING) if quant.ranges == "row" else 1.0
+        share = min(1.0, sphere_distortion(int(quant.bits), m) + _SCALE_ROUNDING) if quant.ranges == "row" else 1.0
         return share * energy
     if quant.ranges == "row":
         return step * row_peak(m) * energy

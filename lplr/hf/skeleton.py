@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,24 +166,23 @@ def _assign(module: nn.Module, names: list[str], tensor: Tensor) -> None:
 
 
 class _Captured(Exception):
-    """Raised by the last stub: what follows the blocks need not run."""
+    """Raised by the last stand-in: what follows the blocks need not run."""
 
 
 class _Passed(Tensor):
-    """What a stub returns: a tensor, and the tuple (tensor,) for a model that takes element 0 of a block's result."""
+    """What a stand-in returns: a tensor, and the tuple (tensor,) for a model that takes element 0 of a block's result."""
 
     def __getitem__(self, index: Any) -> Any:
         return self if isinstance(index, int) and index == 0 else super().__getitem__(index)
 
 
-class _Recorder(nn.Module):
-    """Stands for a block: notes the call, hands its input on, and answers for the block's attributes."""
+class _StandIn(nn.Module):
+    """Stands for a block: answers for its attributes and hands what `act` makes of its input to the next one."""
 
-    def __init__(self, block: nn.Module, calls: list[tuple[Tensor, dict[str, Any]]], last: bool) -> None:
+    def __init__(self, block: nn.Module, act: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]) -> None:
         super().__init__()
         self.__dict__["_block"] = block  # not registered: the block is no child of its stand-in
-        self.__dict__["_calls"] = calls
-        self.__dict__["_last"] = last
+        self.__dict__["_act"] = act
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -192,18 +191,9 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["_block"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        block, calls = self.__dict__["_block"], self.__dict__["_calls"]
+        block = self.__dict__["_block"]
         hidden, rest = _bind(block, args, kwargs)
-        hidden = hidden.as_subclass(Tensor)
-        if calls and calls[-1][0].data_ptr() != hidden.data_ptr():
-            raise UnsupportedModel(
-                f"the model changes the hidden states between its {type(block).__name__} blocks, so it cannot be run "
-                "block by block: choose another model"
-            )
-        calls.append((hidden, rest))
-        if self.__dict__["_last"]:
-            raise _Captured
-        return hidden.as_subclass(_Passed)
+        return self.__dict__["_act"](block, hidden.as_subclass(Tensor), rest).as_subclass(_Passed)
 
 
 def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -219,13 +209,13 @@ def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 @contextmanager
-def _recording(stack: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Replace every block by a recorder, and put the blocks back whatever happens."""
-    originals, calls = list(stack), []
+def _standing_in(stack: nn.ModuleList, act: Callable[[nn.Module, Tensor, dict[str, Any]], Tensor]) -> Iterator[None]:
+    """Replace every block by a stand-in, and put the blocks back whatever happens."""
+    originals = list(stack)
     try:
         for i, block in enumerate(originals):
-            stack[i] = _Recorder(block, calls, i == len(originals) - 1)
-        yield calls
+            stack[i] = _StandIn(block, act)
+        yield
     finally:
         for i, block in enumerate(originals):
             stack[i] = block
@@ -241,17 +231,40 @@ def capture_block_inputs(model: PreTrainedModel, input_ids: Tensor) -> tuple[Ten
     model that does not hand the result of one block, unchanged, to the next.
     """
     _, stack = blocks(model)
-    with _recording(stack) as calls, suppress(_Captured):
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    count = len(stack)
+
+    def note(block: nn.Module, hidden: Tensor, rest: dict[str, Any]) -> Tensor:
+        if calls and calls[-1][0].data_ptr() != hidden.data_ptr():
+            raise UnsupportedModel(
+                f"the model changes the hidden states between its {type(block).__name__} blocks, so it cannot be run "
+                "block by block: choose another model"
+            )
+        calls.append((hidden, rest))
+        if len(calls) == count:
+            raise _Captured
+        return hidden
+
+    with _standing_in(stack, note), suppress(_Captured):
         model(input_ids=input_ids, use_cache=False)
-    if len(calls) != len(stack):
+    if len(calls) != count:
         raise UnsupportedModel(
-            f"{type(model).__name__} made {len(calls)} calls to its {len(stack)} blocks, one each expected: "
+            f"{type(model).__name__} made {len(calls)} calls to its {count} blocks, one each expected: "
             "choose a decoder-only transformer"
         )
     return calls[0][0], [kwargs for _, kwargs in calls]
 
 
-@torch.no_grad()
+def run_head(model: PreTrainedModel, input_ids: Tensor, hidden: Tensor) -> Tensor:
+    """Logits (b, t, v) of a model whose last block returned `hidden` (b, t, d); the blocks may be on meta.
+
+    Differentiable in `hidden`.  What lies outside of the blocks must be materialised.
+    """
+    _, stack = blocks(model)
+    with _standing_in(stack, lambda *_: hidden):
+        return model(input_ids=input_ids, use_cache=False).logits.as_subclass(Tensor)
+
+
 def run_block(block: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states after one block, whether it returns a tensor or a tuple that starts with one."""
     out = block(hidden, **kwargs)

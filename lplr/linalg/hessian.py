@@ -1,6 +1,7 @@
 """Second moments of a layer's input, H = E[x x^T] (d x d), and their factors.
 
-The output error of a layer with weight error E (n x d) is E ||E x||^2 = tr(E H E^T) = ||E C||_F^2 for H = C C^T.
+The output error of a layer with weight error E (n x d) is E ||E x||^2 = tr(E H E^T) = ||E C||_F^2 for H = C C^T.  Rows may
+have weights: H = E[w x x^T] / E[w].
 """
 
 from __future__ import annotations
@@ -12,23 +13,30 @@ DAMPING = 0.01  # of the mean diagonal: GPTQ's `percdamp`
 
 
 class Hessian:
-    """Running mean of x x^T over all rows x that were added."""
+    """Running mean of x x^T over all rows x that were added, weighted where weights are given."""
 
     def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(d, d, dtype=torch.float32, device=device)
         self.rows = 0
+        self.weight = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs (..., d)."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add inputs (..., d), with one weight of at least zero for each (...)."""
         x = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(x.T, x)
         self.rows += x.shape[0]
+        if weights is None:
+            self.total.addmm_(x.T, x)
+            self.weight += x.shape[0]
+        else:
+            w = weights.reshape(-1).to(x.device, x.dtype)
+            self.total.addmm_((x * w[:, None]).T, x)
+            self.weight += float(w.double().sum())
 
     def mean(self) -> Tensor | None:
-        """H (d x d), or None when nothing was added or the inputs were not finite."""
-        if not self.rows or not bool(torch.isfinite(self.total).all()):
+        """H (d x d), or None when nothing of any weight was added or the inputs were not finite."""
+        if not self.weight > 0 or not bool(torch.isfinite(self.total).all()):
             return None
-        return self.total / self.rows
+        return self.total / self.weight
 
 
 def damped(H: Tensor, damping: float = DAMPING) -> Tensor:

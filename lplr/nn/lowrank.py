@@ -1,4 +1,4 @@
-"""LowRankLinear: a linear layer whose weight W = (Q + L R) O^T is held packed."""
+"""LowRankLinear: a linear layer whose weight W = P (Q + L R) O^T is held packed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lplr.kernels.lowrank import lowrank_linear
 
 
 class LowRankLinear(nn.Module):
-    """y = x W^T + b with W = (Q + L R) O^T (n x d), never formed in the forward pass.
+    """y = x W^T + b with W = P (Q + L R) O^T (n x d), never formed in the forward pass.
 
     The stored tensors are buffers named as in `Format.layout`, so a state dict and a file hold the same names.  Their
     dtypes are part of the file format: `.to(dtype)`, `.half()` and the like move them but never cast them, and
@@ -35,8 +35,9 @@ class LowRankLinear(nn.Module):
         self.format = fmt
         self.out_features, self.in_features = fmt.shape
         self.dtype = dtype if dtype is not None else torch.get_default_dtype()
-        # no buffer: it is derived from the seed, and small enough to follow x to its device
+        # no buffers: they are derived from the seeds, and small enough to follow x to its device
         self._signs = rotation_signs(fmt.rotation, self.in_features) if fmt.rotation else None
+        self._out_signs = rotation_signs(fmt.output_rotation, self.out_features) if fmt.output_rotation else None
         for name, (shape, stored) in fmt.layout().items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
         self.bias: nn.Parameter | None
@@ -88,11 +89,14 @@ class LowRankLinear(nn.Module):
         fmt = self.format
         y = lowrank_linear(
             x,
-            l_bits=fmt.l_bits,
-            r_bits=fmt.r_bits,
-            q_bits=fmt.q_bits,
+            n=self.out_features,
+            rank=fmt.rank,
+            l_grid=(fmt.l_grid, fmt.l_bits),
+            r_grid=(fmt.r_grid, fmt.r_bits),
+            q_grid=(fmt.q_grid, fmt.q_bits),
             q_narrow=fmt.q_narrow,
             signs=self._signs,
+            out_signs=self._out_signs,
             **self.stored(),
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -115,9 +119,9 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and bits, for print(model)."""
         fmt = self.format
-        backbone = fmt.q_bits - fmt.q_narrow / self.in_features
-        bits = "/".join(f"{b:.3g}" for b in (fmt.l_bits, fmt.r_bits, backbone))
+        bits = "/".join(f"{b:.3g}" for b in (fmt.l_bits, fmt.r_bits, fmt.backbone_width))
+        grids = "/".join(fmt.grids())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={fmt.rank}, "
-            f"bits(L/R/Q)={bits}, bits_per_weight={fmt.bits_per_weight:.3f}, bias={self.bias is not None}"
+            f"bits(L/R/Q)={bits}, {grids}, bits_per_weight={fmt.bits_per_weight:.3f}, bias={self.bias is not None}"
         )

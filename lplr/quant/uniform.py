@@ -1,4 +1,6 @@
-"""The uniform grid: 2^B equally spaced points (2c - (2^B - 1)) s on [-range, range], range = (2^B - 1) s.
+"""Rounding without feedback, and scales: the uniform grid of 2^B equally spaced points (2c - (2^B - 1)) s on [-range, range].
+
+range = (2^B - 1) s.  Every other grid of `kernels.levels` is rounded to its nearest points, with its scale for a normal variable.
 
 Rounding is to the nearest point, or *stochastic*: up with the probability that makes it unbiased inside the range
 (the same law as subtracting nothing after a uniform dither), with variance at most s^2 = (range / (2^B - 1))^2.
@@ -16,7 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lplr.kernels.levels import normal_step
+from lplr.errors import RecipeError
+from lplr.kernels.levels import BY_COLUMN, nearest, normal_step
+from lplr.kernels.pack import pack
 from lplr.quant.qtensor import QTensor, round_scale
 
 Axis = Literal["tensor", "row", "column", "both"]
@@ -28,17 +32,29 @@ NORMAL_SCALE = {1: 0.7979, 2: 0.4978, 3: 0.2930, 4: 0.1676, 5: 0.0941, 6: 0.0520
 
 def quantize(
     x: Tensor,
-    bits: int,
+    bits: float,
     *,
     axis: Axis = "row",
     rounding: Literal["nearest", "stochastic"] = "nearest",
     clip: Literal["max", "mse"] = "mse",
+    grid: str = "uniform",
     generator: torch.Generator | None = None,
 ) -> QTensor:
-    """Quantize x (n x d) to `bits` bits; a stochastic rounding draws from `generator`."""
-    row_scale, col_scale = scales(x, bits, axis=axis, clip=clip)
-    codes = round_to_grid(x, bits, row_scale, col_scale, generator if rounding == "stochastic" else None)
-    return QTensor.from_codes(codes, bits, row_scale, col_scale)
+    """Quantize x (n x d) to `bits` bits; a stochastic rounding draws from `generator`.
+
+    Raises RecipeError on stochastic rounding to another than the uniform grid.
+    """
+    row_scale, col_scale = scales(x, bits, axis=axis, clip=clip, grid=grid)
+    if grid == "uniform":
+        codes = round_to_grid(x, int(bits), row_scale, col_scale, generator if rounding == "stochastic" else None)
+        return QTensor.from_codes(codes, int(bits), row_scale, col_scale)
+    if rounding == "stochastic":
+        raise RecipeError(f"stochastic rounding needs the uniform grid, not {grid}: choose one of the two")
+    for scale, dim in ((row_scale, 1), (col_scale, 0)):
+        x = x if scale is None else x * _inverse(scale, x.dtype).unsqueeze(dim)
+    codes, _ = nearest(x.T.contiguous(), grid, bits)
+    codes = codes if grid in BY_COLUMN else pack(codes.T.contiguous(), int(bits))
+    return QTensor(codes, bits, (x.shape[0], x.shape[1]), row_scale, col_scale, grid=grid)
 
 
 def scales(

@@ -319,9 +319,10 @@ def _shape(record: LayerRecord) -> Cell:
 
 
 def _factor_bits(record: LayerRecord) -> Cell:
+    widths = record.l_bits, record.r_bits, record.q_bits
     parts = [
-        f"{letter}\u00a0{bits}"
-        for letter, bits in (("L", record.l_bits), ("R", record.r_bits), ("Q", record.q_bits))
+        f"{letter}\u00a0{bits:g}" + (f"\u00a0{grid}" if grid != "uniform" else "")
+        for letter, bits, grid in zip("LRQ", widths, record.grids, strict=True)
         if bits
     ]
     return Cell(" ".join(parts) or DASH)
@@ -338,7 +339,7 @@ COLUMNS = (
         numeric=False,
     ),
     Column("Rank", "columns of L", _numeric(lambda r: r.rank, 9)),
-    Column("Codes", "bits of a code of each factor", _factor_bits, numeric=False),
+    Column("Codes", "bits of a code of each factor, and its grid if not uniform", _factor_bits, numeric=False),
     Column("Bits", "stored bits per weight", _numeric(lambda r: r.bits_per_weight)),
     Column("Error", "measured, relative to the norm of the matrix", _numeric(lambda r: relative(r, "error"))),
     Column("Certificate", "upper bound of the error, relative", _numeric(lambda r: relative(r, "certificate"))),

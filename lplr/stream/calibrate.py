@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,14 @@ class Activations:
     Raises OutputError when the disk is full.
     """
 
-    def __init__(self, rows: int, seqlen: int, d: int, folder: Path | None = None) -> None:
+    def __init__(self, rows: int, seqlen: int, d: int, folder: Path | None = None, *, share: int = 1) -> None:
+        """In `folder` when more than 1 / share of ACTIVATION_LIMIT."""
         self.shape = (rows, seqlen, d)
         self._row_bytes = 4 * seqlen * d
         self._folder = folder or Path(tempfile.gettempdir())
         self._memory: Tensor | None = None
         self._file: Any = None
-        if rows * self._row_bytes <= ACTIVATION_LIMIT:
+        if rows * self._row_bytes <= ACTIVATION_LIMIT // share:
             self._memory = torch.empty(self.shape)
         else:
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (closed by `close`)
@@ -130,13 +132,15 @@ def batch_rows(rows: int, seqlen: int) -> int:
 class InputMoments:
     """A context in which each forward pass adds the inputs of the given layers to their Hessians.
 
-    Layers that are handed the same tensor object (q, k and v; gate and up) share one Hessian.  A layer that is never
-    called, such as an expert that no token is routed to, has none.
+    weights: layer -> (rows, seqlen), how much each token counts for it; `rows` are those of the pass.  Layers without weights
+    that are handed the same tensor object (q, k and v; gate and up) share one Hessian.  A layer that is never called, such as an
+    expert that no token is routed to, has none.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor] | None = None) -> None:
         self.hessians: dict[str, Hessian] = {}
-        self._layers = layers
+        self.rows = slice(None)
+        self._layers, self._weights = layers, weights or {}
         self._pass: list[tuple[Tensor, Hessian]] = []  # holds the inputs, so that identity is certain
         self._handles: list[Any] = []
 
@@ -157,6 +161,10 @@ class InputMoments:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
+            if name in self._weights:
+                hessian = self.hessians.setdefault(name, Hessian(x.shape[-1], x.device))
+                hessian.add(x, self._weights[name][self.rows])
+                return
             for seen, hessian in self._pass:
                 if seen is x and self.hessians.get(name, hessian) is hessian:
                     self.hessians[name] = hessian
@@ -170,11 +178,17 @@ class InputMoments:
 
 @torch.no_grad()
 def collect(
-    block: nn.Module, layers: Mapping[str, nn.Module], inputs: Activations, kwargs: Mapping[str, Any], device: torch.device
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Activations,
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Hessian]:
-    """Run a block on all calibration rows and return the Hessians of its layers."""
-    with InputMoments(layers) as moments:
+    """Run a block on all calibration rows and return the Hessians of its layers; weights as in `InputMoments`."""
+    with InputMoments(layers, weights) as moments:
         for rows in inputs.batches():
+            moments.rows = rows
             run_block(block, inputs.get(rows).to(device), kwargs)
             moments.end_pass()
     return moments.hessians
@@ -195,26 +209,37 @@ def embed(
     What stands before the blocks is materialised for it and sent back to meta; a file of activations lies in `folder`.
     """
     ck = checkpoint
-    head = ck.model.get_output_embeddings()
-    names = {id(module): name for name, module in ck.model.named_modules()}
-    skip = [ck.prefix] + ([names[id(head)]] if head is not None else [])
-    outside = [name for name in ck.other_tensors() if not any(name.startswith(f"{s}.") for s in skip)]
-    materialise(ck.model, {name: computable(ck, name, device) for name in outside}, skip=skip)
     rows, seqlen = tokens.shape
     size = batch_rows(rows, seqlen)
-    hidden, kwargs = capture_block_inputs(ck.model, tokens[:size].to(device))
-    activations = Activations(rows, seqlen, hidden.shape[-1], folder)
-    try:
-        activations.set(slice(0, size), hidden)
-        for start in range(size, rows, size):
-            hidden, kwargs = capture_block_inputs(ck.model, tokens[start : start + size].to(device))
-            activations.set(slice(start, start + size), hidden)
-    except BaseException:
-        activations.close()
-        raise
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in outside):
-        release(ck.model.get_submodule(name))
+    with outside(ck, device):
+        hidden, kwargs = capture_block_inputs(ck.model, tokens[:size].to(device))
+        activations = Activations(rows, seqlen, hidden.shape[-1], folder)
+        try:
+            activations.set(slice(0, size), hidden)
+            for start in range(size, rows, size):
+                hidden, kwargs = capture_block_inputs(ck.model, tokens[start : start + size].to(device))
+                activations.set(slice(start, start + size), hidden)
+        except BaseException:
+            activations.close()
+            raise
     return activations, kwargs
+
+
+@contextmanager
+def outside(checkpoint: Checkpoint, device: torch.device, *, head: bool = False) -> Iterator[None]:
+    """What lies outside of the blocks in memory, with or without the output head, and back on meta afterwards."""
+    ck = checkpoint
+    skip = [ck.prefix]
+    out = ck.model.get_output_embeddings()
+    if out is not None and not head:
+        skip.append(next(name for name, module in ck.model.named_modules() if module is out))
+    names = [name for name in ck.other_tensors() if not any(name.startswith(f"{s}.") for s in skip)]
+    materialise(ck.model, {name: computable(ck, name, device) for name in names}, skip=skip)
+    try:
+        yield
+    finally:
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            release(ck.model.get_submodule(name))
 
 
 def computable(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:

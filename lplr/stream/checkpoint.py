@@ -91,12 +91,17 @@ class Stored(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What will be done to one matrix; format None says that it stays dense, for the reason given."""
+    """What will be done to one matrix; format None says that it stays dense, for the reason given.
+
+    asked is the recipe's spec, spec its plan, whose format takes all that the budget allows: what is made may be another one of
+    no more bits (`factor.rank.exchanges`), told by its record.
+    """
 
     name: str
     block: int
     shape: tuple[int, int]
     transposed: bool  # the checkpoint holds the weight as (in, out)
+    asked: FactorSpec
     spec: FactorSpec
     format: Format | None
     dense_bits: int
@@ -146,14 +151,15 @@ def plan_layers(checkpoint: Checkpoint, recipe: Recipe) -> list[LayerPlan]:
         n, d = weight_of(module).shape
         block = int(name[len(checkpoint.prefix) + 1 :].split(".")[0])
         dense_bits = 8 * n * d * checkpoint.stored_dtype(f"{name}.weight").itemsize
-        spec = plan((n, d), recipe.spec_for(name))
+        asked = recipe.spec_for(name)
+        spec = plan((n, d), asked)
         fmt: Format | None = layout((n, d), spec)
         reason = ""
         if not (fmt.rank or fmt.q_bits):
             fmt, reason = None, f"not even rank 1 fits {spec.bits_per_weight} bits per weight"
         elif fmt.stored_bits() >= dense_bits:
             fmt, reason = None, f"the dense matrix takes {dense_bits / (n * d):g} bits per weight, fewer than compressed"
-        out.append(LayerPlan(name, block, (n, d), is_conv1d(module), spec, fmt, dense_bits, reason))
+        out.append(LayerPlan(name, block, (n, d), is_conv1d(module), asked, spec, fmt, dense_bits, reason))
     if not any(layer.format for layer in out):
         raise UnsupportedModel(
             f"no linear layer of {checkpoint.path.name} can be compressed at {recipe.bits:g} bits per weight: raise --bits"

@@ -24,7 +24,7 @@ from torch import Tensor
 import lplr
 from lplr import records
 from lplr.errors import CheckpointError
-from lplr.factor import certify, factorize
+from lplr.factor import Format, certify, factorize
 from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
 from lplr.linalg.hessian import Hessian
@@ -61,7 +61,7 @@ def compress(
         if ledger.done is None:
             with torch.inference_mode():
                 run.finish_blocks(progress or (lambda *_: None))
-            finish_folder(run.checkpoint, recipe, run.plans, ledger)
+            finish_folder(run.checkpoint, recipe, ledger)
         return list(records.layers(ledger.entries))
 
 
@@ -153,7 +153,7 @@ class _Run:
                     self._compress_block(i, plans, inputs, kwargs[i], meter)
                 if inputs is not None and any(j > i for j in pending):
                     meter.say(f"block {i + 1}: running the calibration text through the compressed block")
-                    self._advance(i, plans, inputs, kwargs[i])
+                    self._advance(i, inputs, kwargs[i])
                 meter.finish(plans, f"block {i + 1} of {blocks}")
         finally:
             if inputs is not None:
@@ -200,8 +200,9 @@ class _Run:
             norm = float(torch.linalg.vector_norm(W.double()))
             return {}, LayerRecord(**common, stored="dense", bits=p.dense_bits, norm=norm, note=p.reason)
         generator = seeded(self.recipe.seed, p.name, self.device)
-        f = factorize(W, p.spec, H=H, generator=generator)
-        assert f.format == p.format, f"{p.name}: planned {p.format}, made {f.format}"
+        f = factorize(W, p.asked, H=H, generator=generator)
+        most = p.format.stored_bits()
+        assert f.stored_bits() <= most, f"{p.name}: planned {p.format}, made {f.format}"
         facts = certify(W, f, p.spec, H, generator)
         if not math.isfinite(facts["error"]) or not math.isfinite(facts["certificate"]):
             raise CheckpointError(
@@ -217,16 +218,18 @@ class _Run:
             l_bits=fmt.l_bits,
             r_bits=fmt.r_bits,
             q_bits=fmt.q_bits,
+            format=fmt.to_dict(),
             bits=fmt.stored_bits(),
             seconds=time.perf_counter() - started,
             **facts,
         )
         return {f"{p.name}.{part}": tensor for part, tensor in f.tensors().items()}, record
 
-    def _advance(self, index: int, plans: list[LayerPlan], inputs: Activations, kwargs: Mapping[str, Any]) -> None:
+    def _advance(self, index: int, inputs: Activations, kwargs: Mapping[str, Any]) -> None:
         """Run a finished block from its shard, as a resumed run would, to get the next block's inputs."""
         ck = self.checkpoint
-        formats = {p.name: p.format for p in plans if p.format}
+        made = records.formats(r for r in records.layers(self.ledger.entries) if r.block == index)
+        formats = {name: Format.from_dict(entry) for name, entry in made.items()}
         swap(ck.model, formats)
         block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
         packed = {f"{name}.{part}" for name, fmt in formats.items() for part in fmt.layout()}

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from lplr.factor.rank import exchanges
 from lplr.recipe import Recipe
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
@@ -15,6 +16,8 @@ from lplr.stream.device import usable_device
 from lplr.stream.shards import shard_header, shard_name
 
 LIBRARIES = 600 << 20  # resident size of Python, torch and transformers before any weight is read
+# operations that the encoder of a grid takes for a weight, as many as matrix products do in its time (eval/results/grids.json)
+ENCODER = {"trellis": 3e4, "lattice": 8e3}
 OVERHEAD = 2.0  # wall time over the time of the matrix products alone: a rough allowance, not a measurement
 
 
@@ -53,14 +56,14 @@ def estimate(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> 
         bits_per_parameter=8 * output / parameters,
         source_bytes=sum(view.nbytes(name) for name in view.names()),
         output_bytes=output,
-        files=_files(checkpoint, plans),
+        files=weight_files(checkpoint, plans),
         memory_bytes=memory,
         disk_bytes=disk,
         seconds=OVERHEAD * flops(checkpoint, plans, recipe) / matmul_rate(device),
     )
 
 
-def _files(checkpoint: Checkpoint, plans: list[LayerPlan]) -> dict[str, int]:
+def weight_files(checkpoint: Checkpoint, plans: list[LayerPlan]) -> dict[str, int]:
     """Name -> bytes of every weight file, headers included."""
     count = len(checkpoint.stack)
     out = {}
@@ -76,7 +79,7 @@ def _files(checkpoint: Checkpoint, plans: list[LayerPlan]) -> dict[str, int]:
 
 
 def flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
-    """Operations of the matrix products: calibration passes, factorization, certificates."""
+    """Operations of the matrix products: calibration passes, factorization, certificates; and of the grids' encoders."""
     calibrated = recipe.dataset != "none"
     tokens = recipe.nsamples * recipe.seqlen if calibrated else 0
     total = 0.0
@@ -85,10 +88,12 @@ def flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> flo
             continue
         n, d = p.shape
         r, small = p.format.rank, min(n, d)
-        rounds = 2 if p.format.q_bits and r else 1
+        tried = len(exchanges(p.shape, p.asked))
+        rounds = 2 * tried - 1 if tried > 1 else 2 if p.format.q_bits and r else 1
         products = 2 + 2 * recipe.power_iterations + 4 * (recipe.alternations + 1)
         total += rounds * 2.0 * n * d * r * products + (4.0 * n * d * d if calibrated else 0.0)
         total += 2.0 * n * d * small + 10.0 * small**3 + 2.0 * n * d * r  # spectrum and certificates
+        total += rounds * n * d * ENCODER.get(p.format.q_grid, 0.0)
         total += tokens * (2 * 2.0 * n * d + 2.0 * d * d)  # through the dense and the compressed block; the moments
     return total
 

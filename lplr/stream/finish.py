@@ -9,13 +9,13 @@ from lplr.errors import OutputError
 from lplr.hf.export import card_text, config_text
 from lplr.hf.quantizer import LplrConfig
 from lplr.recipe import Recipe
-from lplr.stream.checkpoint import Checkpoint, LayerPlan
+from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.ledger import Ledger, digest
 from lplr.stream.shards import INDEX, sha256, write_index, write_text_atomic
 from lplr.stream.source import read_entries
 
 
-def finish_folder(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan], ledger: Ledger) -> None:
+def finish_folder(checkpoint: Checkpoint, recipe: Recipe, ledger: Ledger) -> None:
     """Write what stands beside the shards, then the `done` line with the checksum of every file of the run.
 
     Raises OutputError when a shard is no longer what its line says, or the disk is full.
@@ -24,15 +24,15 @@ def finish_folder(checkpoint: Checkpoint, recipe: Recipe, plans: list[LayerPlan]
     weight_map = {name: line["file"] for line in lines.values() for name in read_entries(folder / line["file"])}
     tensor_bytes = sum(line["tensor_bytes"] for line in lines.values())
     write_index(folder, weight_map, tensor_bytes)
-    summary = _summary(ck, list(records.layers(ledger.entries)), tensor_bytes)
+    rows = list(records.layers(ledger.entries))
+    summary = _summary(ck, rows, tensor_bytes)
     write_text_atomic(folder / "recipe.yaml", recipe.to_yaml())
     write_text_atomic(folder / "README.md", card_text(ledger.entries[0], summary))
-    layers = {p.name: p.format for p in plans if p.format}
     dtype = max((ck.stored_dtype(n) for n in ck.other_tensors()), key=lambda t: (t.is_floating_point, t.itemsize))
-    config = LplrConfig(layers, recipe.modules_to_not_convert, ck.defused)
+    config = LplrConfig(records.formats(rows), recipe.modules_to_not_convert, ck.defused)
     write_text_atomic(folder / "config.json", config_text(ck.config, config, dtype))
     done = {"kind": "done", **summary, "files": _manifest(ledger)}
-    done["seconds"] = sum(row.seconds for row in records.layers(ledger.entries))
+    done["seconds"] = sum(row.seconds for row in rows)
     done["ledger_sha256"] = digest([*ledger.entries, done])
     ledger.append([done])
 

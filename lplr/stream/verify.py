@@ -155,6 +155,9 @@ def _check_tensors(found: _Folder) -> None:
             bits += 8 * entry.nbytes
         if bits != found.rows[name].bits:
             raise VerificationError(f"layer {name} takes {bits} bits, its record says {found.rows[name].bits}: {AGAIN}")
+        recorded = found.rows[name].format
+        if recorded is not None and recorded != fmt.to_dict():
+            raise VerificationError(f"layer {name} has one format in config.json and another in {LEDGER}: {AGAIN}")
         total += bits
     weights = sum(fmt.shape[0] * fmt.shape[1] for fmt in found.layers.values())
     told = found.done["bits_per_weight"]

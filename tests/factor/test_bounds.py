@@ -19,7 +19,7 @@ from lplr.factor.methods import METHODS
 from lplr.factor.noise import ROUND_UP
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.linalg.range_finder import range_finder
-from lplr.recipe import FactorSpec, QuantSpec
+from lplr.recipe import FACTOR_RANGES, FactorSpec, QuantSpec
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -72,6 +72,11 @@ def quant(bits: int, ranges: str, grid: str = "stochastic") -> QuantSpec:
     return QuantSpec(bits=bits, ranges=ranges, **GRIDS[grid])  # type: ignore[arg-type]
 
 
+def fixed(method: str, q: QuantSpec, side: int) -> QuantSpec:
+    """The spec of L (side 0) or R with the only ranges that the method takes, if it takes no others."""
+    return q.model_copy(update={"ranges": FACTOR_RANGES[method][side]}) if method == "double_binary" else q
+
+
 def hessian(d: int, seed: int = 9) -> torch.Tensor:
     X = torch.randn(3 * d, d, generator=seeded(seed)) * torch.logspace(0, -1.5, d)
     return X.T @ X / (3 * d)
@@ -120,7 +125,7 @@ def test_every_method_on_hard_matrices(name: str, method: str) -> None:
     rank = max(1, min(W.shape) // 3)
     for grid, ranges, bits in product(GRIDS, ("tensor", "row", "rank", "both"), (1, 4)):
         if (bits == 1 and (grid == "nearest max" or ranges in ("row", "both"))) or (
-            method in ("naive", "ldlq") and ranges in ("rank", "both")
+            method in ("naive", "ldlq", "double_binary") and ranges in ("rank", "both")
         ):
             continue
         q = quant(bits, ranges, grid)
@@ -132,11 +137,12 @@ def test_every_method_on_hard_matrices(name: str, method: str) -> None:
             spec = FactorSpec(
                 method=method,
                 rank=rank,
-                l=q,
-                r=q,
+                l=fixed(method, q, 0),
+                r=fixed(method, q, 1),
                 q=backbone,
                 q_narrow=min(3, W.shape[1] - 1) if method == "ldlq" else 0,
                 rotation=bits,
+                output_rotation=5 if power else None,
                 power_iterations=power,
                 alternations=alternations,
             )
@@ -164,9 +170,8 @@ def test_mean_bound_in_a_metric(method: str, grid: str) -> None:
     W, H = decaying(36, 30, 1.0), hessian(30)
     for ranges in ("row", "rank"):
         q = quant(4, ranges, grid)
-        spec = FactorSpec(
-            method=method, rank=9, l=q, r=q, q=quant(3, "row", grid) if method in ("naive", "caldera", "ldlq") else None
-        )
+        backbone = quant(3, "row", grid) if method in ("naive", "caldera", "ldlq") else None
+        spec = FactorSpec(method=method, rank=9, l=fixed(method, q, 0), r=fixed(method, q, 1), q=backbone)
         squares, bounds = draws(W, spec, 40, H)
         check(squares, bounds, f"{method} {grid} {ranges}")
         assert {b.metric for b in bounds} == {"calibrated"}
@@ -323,3 +328,30 @@ def test_wrong_arguments() -> None:
     W[0, 0] = math.nan
     with pytest.raises(CheckpointError, match="NaN"):
         error_bound(W, spec)
+
+
+OTHER_GRIDS = [("trellis", 1.5), ("lattice", 2), ("normal_float", 3)]
+
+
+@pytest.mark.parametrize(("grid", "bits"), OTHER_GRIDS)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_other_grids_get_the_bounds_that_hold_for_any_rounding(grid: str, bits: float, calibrated: bool) -> None:
+    W, H = decaying(30, 24, 1.0), hessian(24) if calibrated else None
+    other, plain = QuantSpec(grid=grid, bits=bits, ranges="tensor"), QuantSpec(bits=4)  # type: ignore[arg-type]
+    capped = [
+        FactorSpec(method="ldlq", q=other, q_narrow=5),
+        FactorSpec(method="caldera", rank=4, l=other, r=other, q=other, alternations=1),
+        FactorSpec(method="lplr", rank=8, l=other, r=other, alternations=2),
+    ]
+    for spec in (*capped, FactorSpec(method="lplr", rank=8, l=other, r=plain, power_iterations=1)):
+        squares, bounds = draws(W, spec, 6, H)
+        assert {b.holds for b in bounds} == {"certain"}
+        check(squares, bounds, f"{grid} {spec.method}")
+    silent = [
+        FactorSpec(method="naive", q=other),
+        FactorSpec(method="direct_svd", rank=8, l=plain, r=other),
+        FactorSpec(method="lplr", rank=8, l=plain, r=other),
+    ]
+    for spec in silent:
+        bound = error_bound(W, spec, H=H)
+        assert bound.holds == "none" and "no statement" in bound.statement

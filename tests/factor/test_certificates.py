@@ -25,7 +25,7 @@ from lplr.factor.methods import METHODS
 from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.quant import QTensor, quantize
-from lplr.recipe import FactorSpec, QuantSpec
+from lplr.recipe import FACTOR_RANGES, FactorSpec, QuantSpec
 from lplr.records import LayerRecord
 
 BACKED = ("naive", "caldera", "ldlq")
@@ -58,13 +58,17 @@ def matrices() -> dict[str, torch.Tensor]:
     }
 
 
-def rotated(W: torch.Tensor, seed: int) -> np.ndarray:
-    """W O with the dense O, in float64."""
-    if not seed:
-        return W.double().numpy()
-    O = rotate(torch.eye(W.shape[1], dtype=torch.float64), rotation_signs(seed, W.shape[1]))  # noqa: E741
-    assert float((O @ O.T - torch.eye(len(O))).abs().max()) < 1e-14
-    return (W.double() @ O).numpy()
+def orthogonal(seed: int, size: int) -> np.ndarray:
+    """The dense matrix of a rotation, the identity for the seed 0, in float64."""
+    I = torch.eye(size, dtype=torch.float64)  # noqa: E741
+    O = rotate(I, rotation_signs(seed, size)) if seed else I  # noqa: E741
+    assert float((O @ O.T - I).abs().max()) < 1e-14
+    return O.numpy()
+
+
+def rotated(W: torch.Tensor, f: Factorization) -> np.ndarray:
+    """P^T W O with the dense P and O, in float64."""
+    return orthogonal(f.output_rotation, W.shape[0]).T @ W.double().numpy() @ orthogonal(f.rotation, W.shape[1])
 
 
 def true_error(W: torch.Tensor, f: Factorization) -> float:
@@ -79,7 +83,7 @@ def true_error(W: torch.Tensor, f: Factorization) -> float:
         return out if q.col_scale is None else out * q.col_scale.double().numpy()
 
     L, R, Q = dense(f.l), dense(f.r), dense(f.q)
-    E = rotated(W, f.rotation) - (0 if L is None or R is None else L @ R) - (0 if Q is None else Q)
+    E = rotated(W, f) - (0 if L is None or R is None else L @ R) - (0 if Q is None else Q)
     return float(np.sqrt((E**2).sum()))
 
 
@@ -91,9 +95,9 @@ def test_certificate_is_an_upper_bound(method: str, blocked: bool, monkeypatch: 
     for name, W in matrices().items():
         for bits, rank in ((1, 1), (4, max(1, min(W.shape) // 4)), (8, min(W.shape))):
             q = QuantSpec(bits=min(bits, 4), ranges="row") if method in BACKED else None
-            quant = QuantSpec(bits=bits, ranges="both")
-            narrow = min(W.shape[1] - 1, 3) if method == "ldlq" else 0
-            spec = FactorSpec(method=method, rank=rank, l=quant, r=quant, q=q, alternations=1, q_narrow=narrow)
+            l, r = (QuantSpec(bits=bits, ranges=ranges) for ranges in FACTOR_RANGES.get(method, ("both", "both")))
+            narrow = min(W.shape[1] - 1, 3) if method in ("ldlq", "caldera") else 0
+            spec = FactorSpec(method=method, rank=rank, l=l, r=r, q=q, alternations=1, q_narrow=narrow)
             f = factorize(W, spec, generator=seeded(2))
             true = true_error(W, f)
             norm = float(W.double().norm())
@@ -105,6 +109,31 @@ def test_certificate_is_an_upper_bound(method: str, blocked: bool, monkeypatch: 
                 assert certificate <= true * (1 + 1e-4), name
             assert certificate <= true * (1 + 1e-4) + 1e-10 * norm
             assert probe_certificate(W, f, generator=seeded(3)) >= true * (1 - 1e-12), name
+
+
+@pytest.mark.parametrize(("grid", "bits"), [("trellis", 1.5), ("lattice", 2), ("normal_float", 3), ("uniform", 3)])
+@pytest.mark.parametrize("blocked", [False, True])
+def test_every_grid_in_both_bases(grid: str, bits: float, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if blocked:
+        monkeypatch.setattr(module, "_BLOCK", 100)
+    g = seeded(12)
+    for n, d, rank in ((45, 33, 4), (20, 70, 3), (1, 17, 1), (17, 1, 1), (30, 30, 29)):
+        W, X = torch.randn(n, d, generator=g), torch.randn(3 * d, d, generator=g)
+        quant = QuantSpec(grid=grid, bits=bits, ranges="tensor")  # type: ignore[arg-type]
+        for method, l, rotations in (("ldlq", None, (1, 2)), ("caldera", quant, (3, 4)), ("lplr", quant, (0, 5))):
+            spec = FactorSpec(
+                method=method, rank=rank, l=l, r=l, q=quant, q_narrow=d // 4, rotation=rotations[0], output_rotation=rotations[1]
+            )
+            f = factorize(W, spec, H=X.T @ X, generator=g)
+            assert (f.rotation, f.output_rotation) == rotations
+            true = true_error(W, f)
+            assert float((W.double() - f.dequantize(torch.float64)).norm()) == pytest.approx(true, rel=1e-12)
+            assert measured_error(W, f) == pytest.approx(true, rel=1e-9)
+            assert true <= exact_error(W, f) <= true * (1 + 1e-6)
+            assert probe_certificate(W, f, generator=seeded(3)) >= true
+            E = W.double() - f.dequantize(torch.float64)
+            oracle = math.sqrt(float((E @ X.double().T).square().sum() / (W.double() @ X.double().T).square().sum()))
+            assert weighted_error(W, f, X.T @ X) == pytest.approx(oracle, rel=1e-5)
 
 
 def test_cancellation_falls_back_to_the_residual() -> None:

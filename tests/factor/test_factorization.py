@@ -11,11 +11,15 @@ from lplr.errors import CheckpointError
 from lplr.factor import Factorization, Format, factorize
 from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.quant import QTensor, quantize
-from lplr.recipe import FactorSpec, QuantSpec
+from lplr.recipe import WIDTHS, FactorSpec, QuantSpec
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def grid_spec(grid: str, bits: float) -> QuantSpec:
+    return QuantSpec(grid=grid, bits=bits, ranges="tensor")  # type: ignore[arg-type]
 
 
 def several() -> list[Factorization]:
@@ -31,6 +35,11 @@ def several() -> list[Factorization]:
         FactorSpec(method="ldlq", q=q, q_narrow=4),
         FactorSpec(method="ldlq", q=QuantSpec(bits=1, ranges="row"), q_narrow=3),
         FactorSpec(method="caldera", rank=2, q=q, rotation=9),
+        *(FactorSpec(method="ldlq", q=grid_spec(g, b), q_narrow=4) for g, widths in WIDTHS.items() for b in widths),
+        FactorSpec(method="caldera", rank=5, l=grid_spec("trellis", 1.5), r=grid_spec("lattice", 2), q=grid_spec("trellis", 1)),
+        FactorSpec(method="lplr", rank=9, l=grid_spec("lattice", 3), r=grid_spec("trellis", 0.5), output_rotation=7),
+        FactorSpec(method="double_binary", rank=3),
+        FactorSpec(method="lplr_feedback", rank=3),
     ]
     return [factorize(W, spec, generator=seeded(2)) for spec in specs]
 
@@ -77,6 +86,10 @@ def test_dequantize_by_hand() -> None:
     turned = Factorization(l, r, q, 4)
     torch.testing.assert_close(turned.dequantize(torch.float64), both @ O.T)
     torch.testing.assert_close(turned.rotated(both @ O.T), both)
+    P = rotate(torch.eye(6, dtype=torch.float64), rotation_signs(3, 6))
+    turned = Factorization(l, r, q, 4, 3)
+    torch.testing.assert_close(turned.dequantize(torch.float64), P @ both @ O.T)
+    torch.testing.assert_close(turned.rotated(P @ both @ O.T), both)
 
 
 def test_parts_that_do_not_fit_together() -> None:
@@ -107,6 +120,8 @@ GOOD = several()[8].format.to_dict()
         {"q_bits": -1},
         {"q_narrow": 10},
         {"rotation": -1},
+        {"q_bits": 1.5},
+        {"q_bits": float("nan")},
         {"scales": {"row_scale": 4}},
         {"scales": {"invented": 13}},
         {"scales": [1]},
@@ -118,3 +133,30 @@ def test_damaged_formats_are_refused(change: dict[str, object]) -> None:
         Format.from_dict({**GOOD, **change})
     with pytest.raises(CheckpointError, match="damaged"):
         Format.from_dict({k: v for k, v in GOOD.items() if k not in change})
+
+
+NEW = {"q_grid": "hexagonal", "l_grid": None, "r_grid": 3, "output_rotation": -1}
+
+
+@pytest.mark.parametrize("key", NEW)
+def test_keys_that_older_folders_lack(key: str) -> None:
+    with pytest.raises(CheckpointError, match="compress the model again"):
+        Format.from_dict({**GOOD, key: NEW[key]})
+    older = {k: v for k, v in GOOD.items() if k not in NEW}
+    assert Format.from_dict(older) == replace(Format.from_dict(GOOD), output_rotation=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"q_grid": "lattice", "q_bits": 1}, {"q_grid": "trellis", "q_bits": 8}, {"l_grid": "normal_float", "l_bits": 1}],
+)
+def test_a_grid_without_the_width_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError, match="out of range"):
+        Format.from_dict({**GOOD, **change})
+
+
+def test_width_of_the_backbone() -> None:
+    assert Format((8, 10), q_bits=2.5, q_narrow=4, q_grid="trellis").backbone_width == pytest.approx(2.3)
+    assert Format((8, 10), q_bits=2, q_narrow=5, q_grid="lattice").backbone_width == 1
+    assert Format((8, 10), 3, 2, 2).backbone_width == 0
+    assert Format((8, 10), 3, 2, 2, 1.5, q_grid="trellis").grids() == ("uniform", "trellis")

@@ -11,9 +11,7 @@ from lplr.errors import CheckpointError, RecipeError
 from lplr.factor import factorize, measured_error, optimal_error, spectrum
 from lplr.factor.methods import METHODS
 from lplr.linalg.hessian import cholesky_factor, damped
-from lplr.recipe import FactorSpec, QuantSpec
-
-LOW_RANK = ("lplr", "lplr_svd", "direct_svd")
+from lplr.recipe import FACTOR_RANGES, LOW_RANK, FactorSpec, QuantSpec
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -21,9 +19,9 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def spec_for(method: str, bits: int = 4, rank: int = 3, **more: object) -> FactorSpec:
-    quant = QuantSpec(bits=bits)
+    l, r = (QuantSpec(bits=bits, ranges=ranges) for ranges in FACTOR_RANGES.get(method, ("rank", "rank")))
     q = None if method in LOW_RANK else QuantSpec(bits=bits, ranges="row")
-    return FactorSpec(method=method, rank=rank, l=quant, r=quant, q=q, **more)  # type: ignore[arg-type]
+    return FactorSpec(method=method, rank=rank, l=l, r=r, q=q, **more)  # type: ignore[arg-type]
 
 
 def decaying(n: int, d: int, power: float = 1.0) -> torch.Tensor:

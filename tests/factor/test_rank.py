@@ -11,8 +11,9 @@ from lplr.errors import RecipeError
 from lplr.factor import factorize, layout, plan
 from lplr.factor.methods import METHODS
 from lplr.factor.rank import largest_rank
-from lplr.recipe import FactorSpec, QuantSpec
+from lplr.recipe import LOW_RANK, WIDTHS, FactorSpec, Grid, QuantSpec
 
+grids = st.sampled_from([None, *WIDTHS])
 sides = st.one_of(st.integers(1, 40), st.integers(41, 12000))
 quants = st.one_of(
     st.none(), st.builds(QuantSpec, bits=st.integers(1, 8), ranges=st.sampled_from(["tensor", "row", "rank", "both"]))
@@ -20,19 +21,21 @@ quants = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(sides, sides, st.floats(0.01, 16), st.sampled_from([*METHODS, "auto"]), quants, quants)
+@given(sides, sides, st.floats(0.01, 16), st.sampled_from([*METHODS, "auto"]), quants, quants, grids)
 def test_never_above_the_budget(
-    n: int, d: int, budget: float, method: str, left: QuantSpec | None, right: QuantSpec | None
+    n: int, d: int, budget: float, method: str, left: QuantSpec | None, right: QuantSpec | None, grid: Grid | None
 ) -> None:
-    spec = plan((n, d), FactorSpec(method=method, bits_per_weight=budget, l=left, r=right))
+    grid = grid if method not in ("lplr_feedback", "double_binary") else None
+    spec = plan((n, d), FactorSpec(method=method, bits_per_weight=budget, l=left, r=right, grid=grid))
     assert spec.method in METHODS and spec.rank is not None and 0 <= spec.rank <= min(n, d)
     if not spec.rank and spec.q is None:
-        assert method != "naive" or n * ((d + 7) // 8 * 8 + 16) > budget * n * d
+        assert method != "naive" or grid not in (None, "uniform") or n * ((d + 7) // 8 * 8 + 16) > budget * n * d
         return
     fmt = layout((n, d), spec)
     assert fmt.stored_bits() <= budget * n * d and fmt.bits_per_weight <= budget
     assert plan((n, d), spec) == spec  # a plan is planned
-    if spec.method in ("lplr", "lplr_svd", "direct_svd") and spec.rank < min(n, d):
+    assert spec.q is None or spec.q.grid == (grid or spec.q.grid)
+    if spec.method in LOW_RANK and spec.rank < min(n, d):
         wider = layout((n, d), spec.model_copy(update={"rank": spec.rank + 1}))
         assert wider.stored_bits() > budget * n * d
 
@@ -50,13 +53,57 @@ def test_plan_is_what_factorize_makes(n: int, d: int, budget: float, method: str
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.5, 8))
-def test_ldlq_fills_the_budget(n: int, d: int, budget: float) -> None:
-    spec = plan((n, d), FactorSpec(method="ldlq", bits_per_weight=budget))
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.5, 8), grids)
+def test_ldlq_fills_the_budget(n: int, d: int, budget: float, grid: Grid | None) -> None:
+    spec = plan((n, d), FactorSpec(method="ldlq", bits_per_weight=budget, grid=grid))
     assume(spec.q is not None and spec.q_narrow)
     assert spec.q is not None
     wider = layout((n, d), spec.model_copy(update={"q_narrow": spec.q_narrow - 1}))
     assert wider.stored_bits() > budget * n * d
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "grid"),
+    [
+        ((576, 1536), 2.0, "trellis"),
+        ((576, 1536), 0.8, "trellis"),
+        ((1536, 576), 6.3, "trellis"),
+        ((576, 1536), 6.5, "uniform"),
+        ((4096, 4096), 8.0, "uniform"),
+        ((1, 4096), 4.0, "uniform"),  # a column of one row takes a byte
+        ((2, 4096), 8.0, "uniform"),
+    ],
+)
+def test_the_grid_of_a_backbone(shape: tuple[int, int], bits: float, grid: str) -> None:
+    spec = plan(shape, FactorSpec(method="ldlq", bits_per_weight=bits))
+    assert spec.q is not None and (spec.q.grid, spec.q.ranges) == (grid, "tensor")
+    assert spec.rotation and spec.output_rotation and spec.rotation != spec.output_rotation
+    fmt = layout(shape, spec)
+    assert fmt.scales == (("q_row_scale", 1),)
+    if min(shape) > 100 and bits != 6.3:  # all but one scale and less than the step of a column goes into the codes
+        assert bits - 0.01 < fmt.bits_per_weight <= bits
+
+
+def test_what_the_user_says_of_q_is_obeyed() -> None:
+    q = QuantSpec(bits=3, ranges="row")
+    spec = plan((40, 50), FactorSpec(method="ldlq", bits_per_weight=2, q=q, grid="trellis", rotation=0, output_rotation=0))
+    assert (spec.q, spec.q_narrow, spec.rotation, spec.output_rotation) == (q, 0, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["lplr_feedback", "double_binary"])
+def test_feedback_knows_the_uniform_grid_alone(method: str) -> None:
+    for more in ({"grid": "lattice"}, {"l": QuantSpec(grid="lattice")}):
+        with pytest.raises(RecipeError, match="not to lattice: choose one of lplr"):
+            plan((9, 9), FactorSpec(method=method, bits_per_weight=2, **more))  # type: ignore[arg-type]
+
+
+def test_widths_of_double_binary() -> None:
+    found = {}
+    for shape, bits in (((40, 30), 1), ((30, 40), 1), ((30, 40), 2)):
+        spec = plan(shape, FactorSpec(method="double_binary", bits_per_weight=bits))
+        assert spec.l and spec.r and (spec.l.ranges, spec.r.ranges) == ("row", "both")
+        found[shape, bits] = spec.l.bits, spec.r.bits
+    assert list(found.values()) == [(1, 1), (2, 1), (2, 2)]
 
 
 def test_by_hand() -> None:

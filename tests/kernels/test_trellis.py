@@ -1,8 +1,10 @@
-"""The trellis: against brute force over every path, the compiled form against the reference, and the rates of issue 3."""
+"""The trellis: against brute force over every path, a register of Python integers, the compiled form against the reference, and
+the rates of issue 3."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,15 +14,72 @@ from lplr.kernels.pack import pack
 from lplr.kernels.trellis import reference
 
 
+def random_codes(m: int, n: int, bits: float) -> torch.Tensor:
+    g = torch.Generator().manual_seed(m * n)
+    return torch.randint(0, 256, (m, trellis.packed_width(n, bits)), generator=g).to(torch.uint8)
+
+
+def register(row: torch.Tensor, bits: float, n: int) -> list[float]:
+    """The sequence of one row of codes, from the definition: a stream of bits, a register, a table."""
+    c, book = reference.code(bits), reference.codebook(bits).T.tolist()
+    stream = int.from_bytes(bytes(row.tolist()), "little")
+    state, values = c.start, []
+    for t in range(-(-n // c.entries)):
+        symbol = stream >> (t * c.step_bits) & ((1 << c.step_bits) - 1)
+        state = (state << c.step_bits | symbol) % (1 << trellis.STATE_BITS)
+        values += book[state]
+    return values[:n]
+
+
 @pytest.mark.parametrize("bits", trellis.WIDTHS)
-@pytest.mark.parametrize("n", [1, 2, 7, 40])
-def test_compiled_equals_reference_and_decodes(bits: float, n: int) -> None:
-    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+@pytest.mark.parametrize(("m", "n"), [(3, 1), (3, 2), (3, 7), (1, 40), (2, 0), (0, 5), (0, 0)])
+def test_compiled_equals_reference_and_decodes(bits: float, m: int, n: int) -> None:
+    x = torch.randn(m, n, generator=torch.Generator().manual_seed(n))
     codes, values = trellis.encode(x, bits)
     expected_codes, expected = reference.encode(x, bits)
     assert torch.equal(codes, expected_codes) and torch.equal(values, expected)
-    assert codes.shape == (3, trellis.packed_width(n, bits))
+    assert codes.shape == (m, trellis.packed_width(n, bits))
     assert torch.equal(trellis.decode(codes, bits, n), values)
+
+
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 23), (2, 64), (4, 0), (0, 8)])
+def test_decode_is_a_shift_register(bits: float, m: int, n: int) -> None:
+    codes = random_codes(m, n, bits)
+    expected = torch.tensor([register(row, bits, n) for row in codes]).reshape(m, n)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        found = trellis.decode(codes, bits, n, dtype)
+        assert found.dtype == dtype and found.is_contiguous()
+        assert torch.equal(found, expected.to(dtype)) and torch.equal(reference.decode(codes, bits, n, dtype), found)
+
+
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+def test_what_is_not_a_number_gives_some_path(bits: float) -> None:
+    """And any layout and type is read as it is, without being written to."""
+    x = torch.randn(4, 21, generator=torch.Generator().manual_seed(3))
+    x[0, 5], x[1, 0], x[2, 20], x[3] = float("nan"), float("inf"), -1e30, 0.0
+    codes, values = trellis.encode(x, bits)
+    expected, points = reference.encode(x, bits)
+    assert torch.equal(codes, expected) and torch.equal(values, points) and bool(values.isfinite().all())
+    turned = x.T.contiguous().T.double().requires_grad_()
+    kept = turned.detach().clone()
+    codes_again, values_again = trellis.encode(turned, bits)
+    assert torch.equal(codes, codes_again) and torch.equal(values.double(), values_again)
+    assert torch.equal(turned.detach().nan_to_num(), kept.nan_to_num())
+
+
+@pytest.mark.parametrize("bits", [0.5, 2.0, 3.5, 5.0])
+def test_threads_do_not_change_a_byte(bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = pytest.importorskip("lplr.kernels.trellis.cpu")
+    monkeypatch.setattr(cpu, "ENCODED_AT_ONCE", 1)
+    monkeypatch.setattr(cpu, "DECODED_AT_ONCE", 1)
+    x = torch.randn(37, 50, generator=torch.Generator().manual_seed(5))
+    expected, points = reference.encode(x, bits)
+    for threads in (1, 2, 3, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        codes, values = cpu.encode(x, bits)
+        assert torch.equal(codes, expected) and torch.equal(values, points)
+        assert torch.equal(cpu.decode(codes, bits, 50), points)
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 1.5, 2.0])
@@ -46,3 +105,11 @@ def test_gaussian_distortion(bits: float, limit: float) -> None:
 def test_unknown_width_is_named() -> None:
     with pytest.raises(ValueError, match="1.25"):
         trellis.packed_width(8, 1.25)
+
+
+@pytest.mark.parametrize("form", [reference.decode, trellis.decode])
+def test_codes_of_another_shape_or_type_are_refused(form: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="rows of 4 bytes"):
+        form(torch.zeros(1, 4, dtype=torch.uint8), 2.0, 9)
+    with pytest.raises(ValueError, match="float32"):
+        form(torch.zeros(1, 2), 2.0, 8)

@@ -14,6 +14,9 @@ from lplr.errors import CheckpointError
 from lplr.factor.factorization import Factorization, Format
 from lplr.kernels.lowrank import lowrank_linear
 from lplr.nn import LowRankLinear
+from lplr.quant import quantize
+from lplr.quant.ldlq import ldlq
+from lplr.recipe import WIDTHS
 
 KINDS = {"lr": (7, (2, 3, 0)), "lrq": (4, (1, 8, 5)), "q": (0, (0, 0, 3))}
 
@@ -46,6 +49,30 @@ def test_every_width_and_odd_shapes(n: int, d: int, rank: int, l_bits: int, r_bi
     x = torch.randn(3, d, generator=generator, dtype=torch.float64)
     y = LowRankLinear.from_factorization(f)(x)
     torch.testing.assert_close(y, x @ f.dequantize(torch.float64).T, rtol=1e-12, atol=1e-12)
+
+
+GRID_WIDTHS = [(grid, bits) for grid, widths in WIDTHS.items() for bits in widths]
+
+
+@pytest.mark.parametrize(("grid", "bits"), GRID_WIDTHS)
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (1, 9), (9, 1), (13, 29), (33, 16)])
+@pytest.mark.parametrize("rotations", [(0, 0), (1, 0), (0, 2), (1, 2)])
+def test_every_grid_in_every_basis(grid: str, bits: float, n: int, d: int, rotations: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(n * d)
+    left, right, backbone = (torch.randn(*shape, generator=generator) for shape in ((n, 5), (5, d), (n, d)))
+    narrow = d // 3
+    l, r = quantize(left, bits, axis="row", grid=grid), quantize(right, bits, axis="both", grid=grid)
+    q = ldlq(backbone, bits, torch.eye(d), grid=grid, axis="tensor", narrow=narrow)
+    x = torch.randn(3, d, generator=generator, dtype=torch.float64)
+    for parts in ((l, r, None), (l, r, q), (None, None, q)):
+        f = Factorization(*parts, *rotations)
+        module = LowRankLinear.from_factorization(f)
+        torch.testing.assert_close(module(x), x @ f.dequantize(torch.float64).T, rtol=1e-12, atol=1e-12)
+        again = LowRankLinear(Format.from_dict(f.format.to_dict()))
+        again.load_state_dict(module.state_dict(), strict=True)
+        assert torch.equal(again(x), module(x)) and repr(again) == repr(module)
+        half = module(x.half())
+        torch.testing.assert_close(half.double(), module(x), rtol=1e-2, atol=2e-2 * float(module(x).abs().max()) + 1e-3)
 
 
 def test_scales_of_length_one_or_none(generator: torch.Generator) -> None:

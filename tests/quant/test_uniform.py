@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lplr.kernels.pack import unpack
+from lplr.errors import RecipeError
+from lplr.kernels.levels import BY_COLUMN, nearest, packed_shape
+from lplr.kernels.pack import pack, unpack
 from lplr.quant import QTensor, quantize
 from lplr.quant.qtensor import round_scale
 from lplr.quant.uniform import round_to_grid, scales
@@ -167,3 +169,23 @@ def test_randomness_is_the_argument() -> None:
     before = x.clone()
     round_to_grid(x, 2, None, None, None)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("grid", "bits"), [("trellis", 0.5), ("trellis", 3), ("lattice", 2), ("normal_float", 4), ("uniform", 2)]
+)
+@pytest.mark.parametrize("axis", AXES)
+def test_any_grid(grid: str, bits: float, axis: str) -> None:
+    """Codes decode to the nearest points of what the scales leave, and a normal matrix is as far away as the grid promises."""
+    x = torch.randn(150, 90, generator=seeded(4), dtype=torch.float64)
+    q = quantize(x, bits, axis=axis, grid=grid)  # type: ignore[arg-type]
+    assert q.grid == grid and q.codes.shape == packed_shape((150, 90), grid, bits)
+    points, _ = nearest((x / half_steps(q)).T.contiguous(), grid, bits)
+    assert torch.equal(q.codes, points if grid in BY_COLUMN else pack(points.T.contiguous(), int(bits)))
+    error = float((x - q.dequantize(torch.float64)).square().mean())
+    assert 2 ** (-2 * bits) < error < {0.5: 0.6, 2: 0.13, 3: 0.025, 4: 0.012}[bits]
+    zero = quantize(torch.zeros(9, 5), bits, axis=axis, grid=grid)  # type: ignore[arg-type]
+    assert not zero.dequantize().any()
+    if grid != "uniform":
+        with pytest.raises(RecipeError, match="uniform grid"):
+            quantize(x, bits, grid=grid, rounding="stochastic", generator=seeded())

@@ -27,6 +27,7 @@ WIDTHS: dict[str, tuple[float, ...]] = {
     "trellis": trellis.WIDTHS,
 }
 BY_COLUMN = ("lattice", "trellis")
+AT_ONCE = 1 << 22  # points of a grid by columns that are decoded at once: what a decoder needs besides is several times that
 
 
 def narrower(grid: str, bits: float) -> tuple[float, float]:
@@ -53,10 +54,11 @@ def packed_shape(shape: tuple[int, int], grid: str, bits: float) -> tuple[int, i
 def levels(codes: Tensor, shape: tuple[int, int], grid: str, bits: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """The points (n, d) that packed codes stand for, in float32 at least exact, before scales."""
     n, d = shape
-    if grid == "lattice":
-        return lattice.decode(codes, bits, n, dtype).T
-    if grid == "trellis":
-        return trellis.decode(codes, bits, n, dtype).T
+    if grid in BY_COLUMN:
+        decode = lattice.decode if grid == "lattice" else trellis.decode
+        if n * d <= AT_ONCE:
+            return decode(codes, bits, n, dtype).T
+        return torch.cat([decode(part, bits, n, dtype) for part in codes.split(max(1, AT_ONCE // n))]).T
     unpacked = unpack(codes, int(bits), d)
     if grid == "normal_float":
         return normal_float.levels(bits).to(codes.device, dtype)[unpacked.long()]

@@ -1,9 +1,9 @@
-"""y = x W^T for W = Q + L R, from packed codes and scales, without forming W.
+"""y = x W^T for W = P (Q + L R) O^T, from packed codes and scales, without forming W.
 
-    y = (((x * col) C_R^T) * rank) C_L^T * row  +  ((x * q_col) C_Q^T) * q_row
+    y = (((x O * col) C_R^T) * rank) C_L^T * row  +  ((x O * q_col) C_Q^T) * q_row,  times P^T
 
-where x is rotated first if the weight stands in a rotated basis.  C are the odd integer levels 2 c - (2^B - 1), at most
-255 in magnitude, so they are exact in bfloat16 and wider.  float16 is computed in float32: a sum of levels times
+where P and O are the rotations of the outputs and inputs in which the weight stands, if it does.  C are the points of
+`kernels.levels`, exact in bfloat16 and wider but for normal_float.  float16 is computed in float32: a sum of levels times
 activations passes 65504 long before the row scale brings it back into range.
 """
 
@@ -22,20 +22,23 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale.to(x.dtype)
 
 
-def _product(x: Tensor, codes: Tensor, bits: int, scales: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """((x * col) C^T) * row for one packed factor, scales = (row, col)."""
+def _product(
+    x: Tensor, codes: Tensor, n: int, grid: tuple[str, float], scales: tuple[Tensor | None, Tensor | None]
+) -> Tensor:
+    """((x * col) C^T) * row for one packed factor of n rows on a grid (name, width), scales = (row, col)."""
     row, col = scales
-    points = levels(codes, (codes.shape[0], x.shape[-1]), "uniform", bits, x.dtype)
+    points = levels(codes, (n, x.shape[-1]), *grid, x.dtype)
     return _scaled(torch.matmul(_scaled(x, col), points.T), row)
 
 
-def _backbone(x: Tensor, bits: int, codes: Tensor, narrow_codes: Tensor | None, narrow: int) -> Tensor:
-    """x C_Q^T without scales: `narrow` columns of bits - 1 bits and a longer step, then columns of `bits` bits."""
-    n, wide = codes.shape[0], x.shape[-1] - narrow
-    y = torch.matmul(x[..., narrow:], levels(codes, (n, wide), "uniform", bits, x.dtype).T)
+def _backbone(
+    x: Tensor, n: int, grid: tuple[str, float], codes: Tensor, narrow_codes: Tensor | None, narrow: int
+) -> Tensor:
+    """x C_Q^T without scales: `narrow` columns of the grid's next lower width and their step, then columns of its width."""
+    y = torch.matmul(x[..., narrow:], levels(codes, (n, x.shape[-1] - narrow), *grid, x.dtype).T)
     if narrow_codes is not None:
-        lower, ratio = narrower("uniform", bits)
-        more = torch.matmul(x[..., :narrow], levels(narrow_codes, (n, narrow), "uniform", lower, x.dtype).T)
+        lower, ratio = narrower(*grid)
+        more = torch.matmul(x[..., :narrow], levels(narrow_codes, (n, narrow), grid[0], lower, x.dtype).T)
         y = y + more * ratio
     return y
 
@@ -43,11 +46,14 @@ def _backbone(x: Tensor, bits: int, codes: Tensor, narrow_codes: Tensor | None, 
 def lowrank_linear(
     x: Tensor,
     *,
-    l_bits: int = 0,
-    r_bits: int = 0,
-    q_bits: int = 0,
+    n: int = 0,
+    rank: int = 0,
+    l_grid: tuple[str, float] = ("uniform", 0),
+    r_grid: tuple[str, float] = ("uniform", 0),
+    q_grid: tuple[str, float] = ("uniform", 0),
     q_narrow: int = 0,
     signs: Tensor | None = None,
+    out_signs: Tensor | None = None,
     l_codes: Tensor | None = None,
     r_codes: Tensor | None = None,
     q_codes: Tensor | None = None,
@@ -60,9 +66,10 @@ def lowrank_linear(
 ) -> Tensor:
     """y (..., n) of x (..., d); the names are those of `factor.Format.layout`.
 
-    l_codes: (n, packed r), r_codes: (r, packed d), q_codes: (n, packed d - q_narrow), q_narrow_codes: (n, packed q_narrow),
-    uint8; a scale is a vector along its side, of its full length or 1, and a missing one is one.  signs (2, d) rotate x
-    first (`kernels.hadamard.rotate`).  The result has x's dtype and any leading sizes, zero included.
+    A grid is (name, width).  l_codes, r_codes, q_codes and q_narrow_codes are packed as `kernels.levels.packed_shape` says for
+    matrices (n, rank), (rank, d), (n, d - q_narrow) and (n, q_narrow); a scale is a vector along its side, of its full length
+    or 1, and a missing one is one.  signs (2, d) rotate x first, out_signs (2, n) rotate the result back
+    (`kernels.hadamard.rotate`).  The result has x's dtype and any leading sizes, zero included.
     Raises ValueError when neither L and R nor Q is given, or when x does not fit the packed width.
     """
     inner = x.to(_COMPUTE.get(x.dtype, torch.float32))
@@ -70,12 +77,12 @@ def lowrank_linear(
         inner = rotate(inner, signs)
     y: Tensor | None = None
     if l_codes is not None and r_codes is not None:
-        z = _product(inner, r_codes, r_bits, (rank_scale, col_scale))  # (..., r)
-        y = _product(z, l_codes, l_bits, (row_scale, None))  # (..., n)
+        z = _product(inner, r_codes, rank, r_grid, (rank_scale, col_scale))  # (..., r)
+        y = _product(z, l_codes, n, l_grid, (row_scale, None))  # (..., n)
     if q_codes is not None:
-        backbone = _backbone(_scaled(inner, q_col_scale), q_bits, q_codes, q_narrow_codes, q_narrow)
+        backbone = _backbone(_scaled(inner, q_col_scale), n, q_grid, q_codes, q_narrow_codes, q_narrow)
         backbone = _scaled(backbone, q_row_scale)
         y = backbone if y is None else y + backbone
     if y is None:
         raise ValueError("no codes are given: pass l_codes and r_codes, or q_codes, or all three")
-    return y.to(x.dtype)
+    return (y if out_signs is None else rotate(y, out_signs, inverse=True)).to(x.dtype)

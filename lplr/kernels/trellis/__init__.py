@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lplr.kernels.backend import form
 from lplr.kernels.trellis import reference
-from lplr.kernels.trellis.reference import STATE_BITS, WIDTHS, codebook, decode, packed_width
+from lplr.kernels.trellis.reference import STATE_BITS, WIDTHS, codebook, packed_width
 
 __all__ = ["STATE_BITS", "WIDTHS", "codebook", "decode", "encode", "packed_width"]
 
@@ -14,3 +15,8 @@ __all__ = ["STATE_BITS", "WIDTHS", "codebook", "decode", "encode", "packed_width
 def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
     """The sequences of the trellis nearest to x: packed codes, and values; see `reference.encode`."""
     return form("trellis", reference, x).encode(x, bits)
+
+
+def decode(codes: Tensor, bits: float, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Packed codes (m, packed_width) -> the sequences (m, n); see `reference.decode`."""
+    return form("trellis", reference, codes).decode(codes, bits, n, dtype)

@@ -10,9 +10,8 @@ permutation of the states), then c = gain * Phi^-1((u + 1/2) / 2^STATE_BITS), th
 no cast changes a weight.  A, B, shift, gain and s_0 of each width come from a random search (eval/quality/trellis_search.py).
 
 The encoder is Viterbi's algorithm: for each state the cheapest sequence that ends in it, exact for the squared error.
-Sources: Marcellin, Fischer, IEEE Trans. Commun. 1990 (trellis-coded quantization); Mao, Gray, IEEE Trans. Inf. Theory
-2010 and Tseng et
-al., "QTIP", NeurIPS 2024 (the bit-shift trellis with a random or computed code).
+Sources: Marcellin, Fischer, IEEE Trans. Commun. 1990 (trellis-coded quantization); Mao, Gray, IEEE Trans. Inf. Theory 2010 and
+Tseng et al., "QTIP", NeurIPS 2024 (the bit-shift trellis with a random or computed code).
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class Code:
 
 
 CODES: dict[float, Code] = {
-    0.5: Code(1, 2, ((2347, 27, 8), (137, 3295, 7)), 0.70711, 1391),
-    1.0: Code(1, 1, ((2063, 2103, 9),), 0.88335, 233),
+    0.5: Code(1, 2, ((2229, 2029, 8), (3787, 1183, 9)), 0.70711, 157),
+    1.0: Code(1, 1, ((513, 2089, 8),), 0.89201, 1473),
     1.5: Code(3, 2, ((1067, 1, 12), (2527, 1, 12)), 0.97283, 396),
     2.0: Code(2, 1, ((3301, 27, 9),), 1.00698, 55),
     2.5: Code(5, 2, ((3717, 1, 12), (2301, 1, 12)), 1.06299, 11),
@@ -107,7 +106,7 @@ def decode(codes: Tensor, bits: float, n: int, dtype: torch.dtype = torch.float3
     c = code(bits)
     states = symbols_to_states(unpack(codes, c.step_bits, -(-n // c.entries)), bits)
     values = codebook(bits).to(codes.device, dtype)[:, states]  # (v, m, t)
-    return values.permute(1, 2, 0).reshape(len(codes), -1)[:, :n]
+    return values.permute(1, 2, 0).reshape(len(codes), states.shape[1] * c.entries)[:, :n]
 
 
 def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
@@ -130,7 +129,7 @@ def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
     for t in range(steps):
         best, oldest = cost.view(m, ways, kept).min(1)  # the register drops its oldest symbol
         back[t] = oldest.to(torch.uint8)
-        cost = best[:, :, None].expand(m, kept, ways).reshape(m, -1)
+        cost = best[:, :, None].expand(m, kept, ways).reshape(m, kept * ways)
         for v in range(c.entries):
             at = t * c.entries + v
             cost = cost + (padded[:, at, None] - book[v]).square_().mul_(used[at])

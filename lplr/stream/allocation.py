@@ -1,0 +1,101 @@
+"""The bits of every matrix of a model: curves measured on the original weights, weighted by what the loss minds, solved for the budget.
+
+With calibration a matrix's curve is s_i tr(E H E^T), the divergence in nats a token that its rounding predicts (`stream.sensitivity`);
+without, tr(E E^T) / ||W||_F^2, every matrix as dear as the next.  The budget is that of all matrices that take part: those of the
+methods in `factor.curves.CURVED` whose bits no rule sets.  What was decided stands in run.jsonl before the first block, so a resumed
+run goes by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import floor, nextafter, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lplr.factor import layout, plan
+from lplr.factor.allocate import Point, allocate
+from lplr.factor.curves import CURVED, error_curve
+from lplr.recipe import Recipe
+from lplr.stream.calibrate import computable
+from lplr.stream.checkpoint import Checkpoint, LayerPlan
+from lplr.stream.sensitivity import Measured, measure
+
+ROWS = 16  # calibration rows that sensitivities and curves are measured on
+KIND = "allocation"
+
+
+def taking_part(plans: list[LayerPlan], recipe: Recipe) -> list[LayerPlan]:
+    """The matrices that share the budget; nothing where the recipe asks for uniform bits."""
+    if recipe.allocation == "uniform":
+        return []
+    return [
+        p
+        for p in plans
+        if p.format and p.spec.method in CURVED and p.asked.rank is None and p.asked.bits_per_weight == recipe.bits
+    ]
+
+
+def allocation(
+    checkpoint: Checkpoint,
+    plans: list[LayerPlan],
+    recipe: Recipe,
+    tokens: Tensor | None,
+    folder: Path,
+    device: torch.device,
+    generator: torch.Generator,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The line of run.jsonl: for each matrix its curve (stored bits, predicted loss) and the bits that it is given.
+
+    tokens (rows, seqlen), None without calibration.  Not for inference mode.
+    """
+    rows = None if tokens is None else tokens[:ROWS]
+    curves: dict[str, list[Point]] = {}
+    for m in _measured(checkpoint, plans, rows, folder, device, generator, say):
+        W = computable(checkpoint, f"{m.plan.name}.weight", device)
+        W = W.T.contiguous() if m.plan.transposed else W
+        square = float(W.double().square().sum())
+        weight = m.weight if rows is not None else 1 / square if square else 0.0
+        say(f"error of {m.plan.name} at each width")
+        curve = error_curve(W, m.plan.asked, H=m.H)
+        kept = [(bits, weight * error) for bits, error in curve if bits < m.plan.dense_bits]
+        curves[m.plan.name] = kept or [(curve[0][0], weight * curve[0][1])]
+    budget = sum(floor(recipe.bits * prod(p.shape)) for p in plans)
+    found = allocate(curves, budget)
+    layers = {p.name: {"bits": found.bits[p.name], "curve": curves[p.name]} for p in plans}
+    unit = "relative squared error" if rows is None else "nats a token"
+    tokens_used = 0 if rows is None else rows.numel()
+    return {"kind": KIND, "unit": unit, "tokens": tokens_used, "predicted": found.error, "slope": found.slope, "layers": layers}
+
+
+def allocated(plans: list[LayerPlan], line: dict[str, Any]) -> list[LayerPlan]:
+    """The plans with the bits of the line; those that it does not name as they are."""
+    out = []
+    for p in plans:
+        if (entry := line["layers"].get(p.name)) is None:
+            out.append(p)
+            continue
+        # stored bits are whole: the next number up keeps a division's rounding from taking one away
+        asked = p.asked.model_copy(update={"bits_per_weight": nextafter(entry["bits"] / prod(p.shape), 17.0)})
+        spec = plan(p.shape, asked)
+        out.append(replace(p, asked=asked, spec=spec, format=layout(p.shape, spec)))
+    return out
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    plans: list[LayerPlan],
+    tokens: Tensor | None,
+    folder: Path,
+    device: torch.device,
+    generator: torch.Generator,
+    say: Callable[[str], None],
+) -> Iterator[Measured]:
+    if tokens is None:
+        return (Measured(p, 1.0, None) for p in plans)
+    return measure(checkpoint, plans, tokens, folder, device, generator, say)

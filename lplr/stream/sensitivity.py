@@ -1,0 +1,162 @@
+"""How much the model's loss minds an error in the output of each matrix, token by token.
+
+For y = (W + E) x with small E the model's own predictions move, to second order, by
+
+    KL  ~  1/2 E_t (g_t^T E x_t)^2  ~  s tr(E H E^T),      s = E_t ||g_t||^2 / (2 n),   H = E_t[||g_t||^2 x_t x_t^T] / E_t ||g_t||^2
+
+nats a token, g_t (n) the gradient at y_t of the text's negative log-likelihood, with tokens *drawn from the model itself*, so that
+the mean of g g^T is the Fisher information and no gradient of the loss stands in the way.  The second step takes the error's
+direction as independent of g's, and leaves out what errors at two tokens do together.  The original model is run block by block,
+forward and back, with one block in memory; the inputs of all blocks are kept as `calibrate.Activations`.
+Sources: Hassibi, Stork, NeurIPS 1993 (the second-order saliency); Heskes 2000 and Martens, Grosse, ICML 2015 (Fisher information
+of layers, sampled targets); Kim et al., "GuidedQuant", ICML 2025 (second moments weighted by squared output gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lplr.hf.skeleton import materialise, release, run_block, run_head
+from lplr.linalg.hessian import Hessian
+from lplr.stream.calibrate import Activations, computable, embed, outside
+from lplr.stream.checkpoint import Checkpoint, LayerPlan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One matrix: the loss in nats a token for one unit of tr(E H E^T), and H (d x d), None where no token came.
+
+    tokens (rows, seqlen): ||g_t||^2 over its mean, None for a layer that does not see every token, such as an expert.
+    """
+
+    plan: LayerPlan
+    weight: float
+    H: Tensor | None
+    tokens: Tensor | None
+
+
+def measure(
+    checkpoint: Checkpoint,
+    plans: list[LayerPlan],
+    tokens: Tensor,
+    folder: Path,
+    device: torch.device,
+    generator: torch.Generator,
+    say: Callable[[str], None],
+) -> Iterator[Measured]:
+    """The planned matrices, last block first, on tokens (rows, seqlen); `generator` draws the targets.
+
+    Files of activations lie in `folder`.  4 passes of a model's forward in time.  Not for inference mode: gradients are taken.
+    """
+    ck, count = checkpoint, len(checkpoint.stack)
+    with ExitStack() as stack:
+        say("sensitivity: embedding")
+        hidden, kwargs = embed(ck, tokens, folder, device)
+        stack.callback(hidden.close)
+        inputs: list[Activations] = []
+        for i in range(count):
+            say(f"sensitivity: block {i + 1} of {count}, forward")
+            inputs.append(Activations(*hidden.shape, folder, share=count))
+            stack.callback(inputs[i].close)
+            with _loaded(ck, i, device) as block, torch.no_grad():
+                for rows in hidden.batches():
+                    x = hidden.get(rows)
+                    inputs[i].set(rows, x)
+                    hidden.set(rows, run_block(block, x.to(device), kwargs[i]))
+        say("sensitivity: gradients of the head")
+        _head_gradients(ck, tokens, hidden, device, generator)
+        for i in reversed(range(count)):
+            say(f"sensitivity: block {i + 1} of {count}, backward")
+            chosen = [p for p in plans if p.block == i]
+            with _loaded(ck, i, device) as block:
+                layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}
+                seen = _backward(block, layers, inputs[i], hidden, kwargs[i], device)
+            inputs[i].close()
+            for p in chosen:
+                yield seen[p.name].measured(p, tokens)
+
+
+@contextmanager
+def _loaded(ck: Checkpoint, index: int, device: torch.device) -> Iterator[nn.Module]:
+    """A block of the original model, in memory for as long as the context lasts."""
+    block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
+    materialise(block, {name.removeprefix(prefix): computable(ck, name, device) for name in ck.block_tensors(index)})
+    try:
+        yield block
+    finally:
+        release(block)
+
+
+def _head_gradients(
+    ck: Checkpoint, tokens: Tensor, hidden: Activations, device: torch.device, generator: torch.Generator
+) -> None:
+    """Replace the last block's outputs by the gradients of -sum log p(drawn token) with respect to them; a row at a time."""
+    with outside(ck, device, head=True):
+        for i in range(tokens.shape[0]):
+            x = hidden.get(slice(i, i + 1)).to(device).requires_grad_()
+            with torch.enable_grad():
+                scores = run_head(ck.model, tokens[i : i + 1].to(device), x)[0].float().log_softmax(-1)
+                drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+                (gradient,) = torch.autograd.grad(-scores.gather(1, drawn).sum(), x)
+            hidden.set(slice(i, i + 1), gradient)
+
+
+class _Seen:
+    """What one layer's inputs x and output gradients g have added up to."""
+
+    def __init__(self) -> None:
+        self.hessian: Hessian | None = None
+        self.squares: list[Tensor] = []
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        squares = gradient.float().square().sum(-1)
+        self.hessian = self.hessian or Hessian(x.shape[-1], x.device)
+        self.hessian.add(x, squares)
+        self.squares.append(squares.reshape(-1).cpu())
+
+    def measured(self, plan: LayerPlan, tokens: Tensor) -> Measured:
+        if self.hessian is None or (H := self.hessian.mean()) is None:
+            return Measured(plan, 0.0, None, None)
+        squares = torch.cat(self.squares)
+        whole = len(squares) == tokens.numel()
+        weights = (squares / squares.double().mean()).float().view(tokens.shape) if whole else None
+        return Measured(plan, self.hessian.weight / (2 * plan.shape[0] * tokens.numel()), H, weights)
+
+
+def _backward(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: Activations,
+    gradients: Activations,
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+) -> dict[str, _Seen]:
+    """What the layers saw and were told, for all rows; the gradients move from the block's outputs to its inputs."""
+    seen = {name: _Seen() for name in layers}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            x = given[0].detach()
+            output.register_hook(lambda gradient: seen[name].add(x, gradient))
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for rows in inputs.batches():
+            x = inputs.get(rows).to(device).requires_grad_()
+            with torch.enable_grad():
+                y = run_block(block, x, kwargs)
+                (gradient,) = torch.autograd.grad(y, x, gradients.get(rows).to(device))
+            gradients.set(rows, gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
