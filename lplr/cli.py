@@ -74,6 +74,14 @@ def compress(
     output: Annotated[Path | None, _run_option("--output", "-o", text="Output folder (NAME-LPLR-BITSbpw).")] = None,
     recipe: Annotated[Path | None, _run_option("--recipe", text="A YAML recipe; flags override it.")] = None,
     bits: Annotated[float | None, _setting("--bits", "Budget per compressed weight, all overheads counted.")] = None,
+    size: Annotated[str | None, _run_option("--size", text="Instead of --bits: the largest folder, such as 2GiB.")] = None,
+    fit: Annotated[
+        str | None, _run_option("--fit", text="Instead of --bits: memory for weights, cache and work space, such as 8GiB.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens that --fit leaves room for.", min=1, rich_help_panel=_RUN)] = 4096,
+    allocation: Annotated[
+        str | None, _setting("--allocation", "sensitivity: bits where the loss minds; uniform: the same for every matrix.")
+    ] = None,
     method: Annotated[str | None, _setting("--method", f"{', '.join(('auto', *METHOD_NAMES))}.")] = None,
     grid: Annotated[str | None, _setting("--grid", f"Of Q, or without Q of L and R: {', '.join(WIDTHS)}.")] = None,
     dataset: Annotated[
@@ -102,7 +110,7 @@ def compress(
         settings = {**(load_recipe(recipe) if recipe else {}), **flags}
         if "model" not in settings:
             raise RecipeError("no model given: name a folder, a GGUF file or a Hub id")
-        chosen = make_recipe(settings)
+        chosen = _with_budget(make_recipe(settings), size, fit, context, bits is not None)
         if dry_run:
             _dry_run(chosen)
             return
@@ -112,6 +120,24 @@ def compress(
         with _progress("compress") as step:
             rows = run(chosen, folder, resume=not no_resume, notify=_notice, progress=step)
         _summary(folder, rows)
+
+
+def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool) -> Recipe:
+    """The recipe with the bits that a size or a device allows, where one is named."""
+    if size is None and fit is None:
+        return recipe
+    if given or (size is not None and fit is not None):
+        raise RecipeError("a budget is one of --bits, --size and --fit: give one of them")
+    from lplr.stream.budget import bits_for_memory, bits_for_size, parse_size
+    from lplr.stream.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(recipe.model, recipe.revision, _notice)
+    if size is not None:
+        bits = bits_for_size(checkpoint, recipe, parse_size(size))
+    else:
+        bits = bits_for_memory(checkpoint, recipe, parse_size(fit or ""), context)
+    _notice(f"{size or fit} allows {bits:g} bits a weight")
+    return recipe.model_copy(update={"bits": bits})
 
 
 def _default_folder(recipe: Recipe) -> Path:

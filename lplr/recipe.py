@@ -14,6 +14,7 @@ from lplr.errors import RecipeError
 
 Rounding = Literal["nearest", "stochastic"]
 Ranges = Literal["tensor", "row", "rank", "both"]
+Allocation = Literal["sensitivity", "uniform"]
 Sketch = Literal["gaussian", "srht", "sparse"]
 Grid = Literal["uniform", "normal_float", "lattice", "trellis"]
 
@@ -101,11 +102,13 @@ class Recipe(_Spec):
     bits is the budget per weight of each compressed matrix, all overheads counted.  grid is that of the backbone, or of the
     factors of a method that has none; None takes it from the budget (`factor.plan`).  factor_bits None takes the width from
     the budget (`factor.rank.default_factor_bits`).  dataset: `builtin`, `none` (data-free), a text or jsonl
-    file, or the name of a dataset of the Hub.
+    file, or the name of a dataset of the Hub.  allocation: `sensitivity` gives bits where the loss minds their absence, within
+    the budget of the whole model (`stream.allocation`); `uniform` gives every matrix the same.
     """
 
     model: str
     bits: float = Field(default=1.0, gt=0, le=8)
+    allocation: Allocation = "sensitivity"
     method: str = "auto"
     grid: Grid | None = None
     factor_bits: int | None = Field(default=None, ge=1, le=8)

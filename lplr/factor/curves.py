@@ -3,8 +3,9 @@
 A backbone rounded with feedback is rounded row for row alike once it stands in rotated bases, so a few rows of the rotated matrix tell
 the error of all of them:
 
-    e(b) = tr(E_b H E_b^T)  ~  tr(A H A^T) tr(e_b H e_b^T) / tr(a H a^T),     a the first ROWS rows of A = P^T W O
+    e(b) = tr(E_b M E_b^T)  ~  tr(A M A^T) tr(e_b M e_b^T) / tr(a M a^T),     a the first ROWS rows of A = P^T W O
 
+The rounding feeds back in the metric H that the compression will use; M, what the loss minds, may be another (`stream.sensitivity`).
 Widths in between those that are rounded lie on the line through their neighbours in log e against bits, which is straight for
 every grid of constant gain.  The first and last line go on beyond their ends.
 """
@@ -28,8 +29,9 @@ MEASURED = (1.0, 2.0, 4.0)  # widths at which they are
 CURVED = ("ldlq", "caldera")  # methods that start from a backbone
 
 
-def error_curve(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None) -> list[Point]:
-    """(stored bits, tr(E H E^T)) at every width of the backbone's grid, H (d x d) as collected, the identity without calibration.
+def error_curve(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, M: Tensor | None = None) -> list[Point]:
+    """(stored bits, tr(E M E^T)) at every width of the backbone's grid; H, M (d x d) as collected, identities if not given, M = H
+    if only H is.
 
     spec is planned at its budget for its grid; its method is one of CURVED.  O(ROWS d^2) for each width that is rounded, and d^3.
     """
@@ -41,16 +43,19 @@ def error_curve(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None) -> list
     size = float(A.abs().max())
     if not size > 0:
         return [(_bits((n, d), planned, bits), 0.0) for bits in WIDTHS[grid]]
-    C = None if H is None else metric_factor(H.to(A.dtype), planned.rotation or 0)
-    metric = torch.eye(d, dtype=A.dtype, device=A.device) if C is None else C @ C.T
+    seed = planned.rotation or 0
+    C = None if H is None else metric_factor(H.to(A.dtype), seed)
+    feedback = torch.eye(d, dtype=A.dtype, device=A.device) if C is None else C @ C.T
+    M = H if M is None else M
+    metric = None if M is None else rotated(rotated(M.to(A.dtype), seed, 0).T, seed, 0)
     sample = A[:ROWS] / size
-    whole, part = (_square(X, C) for X in (A / size, sample))
+    whole, part = (_square(X, metric) for X in (A / size, sample))
     scale = size**2 * whole / (part or 1.0)
     axis = "tensor" if planned.q.ranges == "tensor" else "row"
     measured = []
     for bits in WIDTHS[grid] if len(WIDTHS[grid]) < 4 else MEASURED:
-        E = sample - ldlq(sample, bits, metric, grid=grid, axis=axis).dequantize(A.dtype)
-        measured.append((bits, math.log(max(_square(E, C), 1e-30 * part) * scale)))
+        E = sample - ldlq(sample, bits, feedback, grid=grid, axis=axis).dequantize(A.dtype)
+        measured.append((bits, math.log(max(_square(E, metric), 1e-30 * part) * scale)))
     return [(_bits((n, d), planned, bits), math.exp(_line(measured, bits))) for bits in WIDTHS[grid]]
 
 
@@ -60,8 +65,9 @@ def _bits(shape: tuple[int, int], planned: FactorSpec, bits: float) -> float:
     return float(layout(shape, planned.model_copy(update={"q": q, "q_narrow": 0, "rank": 0})).stored_bits())
 
 
-def _square(X: Tensor, C: Tensor | None) -> float:
-    return float(torch.linalg.vector_norm(X if C is None else X @ C)) ** 2
+def _square(X: Tensor, M: Tensor | None) -> float:
+    """tr(X M X^T)."""
+    return float(torch.linalg.vecdot(X if M is None else X @ M, X).double().sum())
 
 
 def _line(points: list[Point], x: float) -> float:

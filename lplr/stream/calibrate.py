@@ -132,15 +132,13 @@ def batch_rows(rows: int, seqlen: int) -> int:
 class InputMoments:
     """A context in which each forward pass adds the inputs of the given layers to their Hessians.
 
-    weights: layer -> (rows, seqlen), how much each token counts for it; `rows` are those of the pass.  Layers without weights
-    that are handed the same tensor object (q, k and v; gate and up) share one Hessian.  A layer that is never called, such as an
-    expert that no token is routed to, has none.
+    Layers that are handed the same tensor object (q, k and v; gate and up) share one Hessian.  A layer that is never
+    called, such as an expert that no token is routed to, has none.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         self.hessians: dict[str, Hessian] = {}
-        self.rows = slice(None)
-        self._layers, self._weights = layers, weights or {}
+        self._layers = layers
         self._pass: list[tuple[Tensor, Hessian]] = []  # holds the inputs, so that identity is certain
         self._handles: list[Any] = []
 
@@ -161,16 +159,12 @@ class InputMoments:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            if name in self._weights:
-                hessian = self.hessians.setdefault(name, Hessian(x.shape[-1], x.device))
-                hessian.add(x, self._weights[name][self.rows])
-                return
             for seen, hessian in self._pass:
                 if seen is x and self.hessians.get(name, hessian) is hessian:
                     self.hessians[name] = hessian
                     return
             hessian = self.hessians.setdefault(name, Hessian(x.shape[-1], x.device))
-            hessian.add(x)
+            hessian.add(x.detach())
             self._pass.append((x, hessian))
 
         return note
@@ -178,17 +172,11 @@ class InputMoments:
 
 @torch.no_grad()
 def collect(
-    block: nn.Module,
-    layers: Mapping[str, nn.Module],
-    inputs: Activations,
-    kwargs: Mapping[str, Any],
-    device: torch.device,
-    weights: Mapping[str, Tensor] | None = None,
+    block: nn.Module, layers: Mapping[str, nn.Module], inputs: Activations, kwargs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Hessian]:
-    """Run a block on all calibration rows and return the Hessians of its layers; weights as in `InputMoments`."""
-    with InputMoments(layers, weights) as moments:
+    """Run a block on all calibration rows and return the Hessians of its layers."""
+    with InputMoments(layers) as moments:
         for rows in inputs.batches():
-            moments.rows = rows
             run_block(block, inputs.get(rows).to(device), kwargs)
             moments.end_pass()
     return moments.hessians

@@ -31,6 +31,7 @@ from lplr.linalg.hessian import Hessian
 from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
+from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, collect, computable, embed
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
 from lplr.stream.device import usable_device
@@ -59,8 +60,10 @@ def compress(
     run = _Run.open(recipe, Path(output_dir), resume=resume, notify=notify or (lambda _: None))
     with run.ledger as ledger:
         if ledger.done is None:
+            meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
+            run.allocate(meter)
             with torch.inference_mode():
-                run.finish_blocks(progress or (lambda *_: None))
+                run.finish_blocks(meter)
             finish_folder(run.checkpoint, recipe, ledger)
         return list(records.layers(ledger.entries))
 
@@ -135,13 +138,25 @@ class _Run:
         """File of one shard; the number of shards is known from the start."""
         return self.ledger.folder / shard_name(index, self.shards)
 
-    def finish_blocks(self, progress: Progress) -> None:
+    def allocate(self, meter: _Meter) -> None:
+        """Give every matrix its bits: as run.jsonl has it, or measured now and noted there."""
+        chosen = taking_part(self.plans, self.recipe)
+        if not chosen:
+            return
+        line = next((entry for entry in self.ledger.entries if entry["kind"] == KIND), None)
+        if line is None:
+            generator = seeded(self.recipe.seed, KIND, self.device)
+            where = self.ledger.folder, self.device
+            line = allocation(self.checkpoint, chosen, self.recipe, self.tokens, *where, generator, meter.say)
+            self.ledger.append([line])
+        self.plans = allocated(self.plans, line)
+
+    def finish_blocks(self, meter: _Meter) -> None:
         """Compress every block that is not finished yet, then store what lies outside of the blocks."""
         for name, content in self.files.items():
             write_atomic(self.ledger.folder / name, content)
         blocks = len(self.checkpoint.stack)
         pending = [i for i in range(blocks) if i not in self.ledger.blocks]
-        meter = _Meter(progress, _weights(self.plans))
         inputs, kwargs = None, [{}] * blocks
         if self.tokens is not None and pending:
             meter.say("embedding the calibration text")
@@ -174,7 +189,8 @@ class _Run:
             weights = {name.removeprefix(prefix): computable(ck, name, self.device) for name in ck.block_tensors(index)}
             materialise(block, weights)
             del weights
-            hessians = collect(block, {p.name: ck.model.get_submodule(p.name) for p in chosen}, inputs, kwargs, self.device)
+            layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}
+            hessians = collect(block, layers, inputs, kwargs, self.device)
             release(block)
         tensors: dict[str, Tensor] = {}
         rows: list[LayerRecord] = []

@@ -2,14 +2,14 @@
 
 For y = (W + E) x with small E the model's own predictions move, to second order, by
 
-    KL  ~  1/2 E_t (g_t^T E x_t)^2  ~  s tr(E H E^T),      s = E_t ||g_t||^2 / (2 n),   H = E_t[||g_t||^2 x_t x_t^T] / E_t ||g_t||^2
+    KL  ~  1/2 E_t (g_t^T E x_t)^2  ~  s tr(E M E^T),      s = E_t ||g_t||^2 / (2 n),   M = E_t[||g_t||^2 x_t x_t^T] / E_t ||g_t||^2
 
 nats a token, g_t (n) the gradient at y_t of the text's negative log-likelihood, with tokens *drawn from the model itself*, so that
 the mean of g g^T is the Fisher information and no gradient of the loss stands in the way.  The second step takes the error's
 direction as independent of g's, and leaves out what errors at two tokens do together.  The original model is run block by block,
 forward and back, with one block in memory; the inputs of all blocks are kept as `calibrate.Activations`.
 Sources: Hassibi, Stork, NeurIPS 1993 (the second-order saliency); Heskes 2000 and Martens, Grosse, ICML 2015 (Fisher information
-of layers, sampled targets); Kim et al., "GuidedQuant", ICML 2025 (second moments weighted by squared output gradients).
+of layers, sampled targets); Kim et al., "GuidedQuant", ICML 2025 (M).
 """
 
 from __future__ import annotations
@@ -25,21 +25,18 @@ from torch import Tensor, nn
 
 from lplr.hf.skeleton import materialise, release, run_block, run_head
 from lplr.linalg.hessian import Hessian
-from lplr.stream.calibrate import Activations, computable, embed, outside
+from lplr.stream.calibrate import Activations, InputMoments, computable, embed, outside
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One matrix: the loss in nats a token for one unit of tr(E H E^T), and H (d x d), None where no token came.
-
-    tokens (rows, seqlen): ||g_t||^2 over its mean, None for a layer that does not see every token, such as an expert.
-    """
+    """One matrix: the loss in nats a token for one unit of tr(E M E^T); M and H = E[x x^T] (d x d), None where no token came."""
 
     plan: LayerPlan
     weight: float
+    M: Tensor | None
     H: Tensor | None
-    tokens: Tensor | None
 
 
 def measure(
@@ -77,10 +74,14 @@ def measure(
             chosen = [p for p in plans if p.block == i]
             with _loaded(ck, i, device) as block:
                 layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}
-                seen = _backward(block, layers, inputs[i], hidden, kwargs[i], device)
+                plain, weighted = _backward(block, layers, inputs[i], hidden, kwargs[i], device)
             inputs[i].close()
             for p in chosen:
-                yield seen[p.name].measured(p, tokens)
+                H, M = (found[p.name].mean() if p.name in found else None for found in (plain, weighted))
+                if H is None or M is None:
+                    yield Measured(p, 0.0, None, None)
+                else:
+                    yield Measured(p, weighted[p.name].weight / (2 * p.shape[0] * tokens.numel()), M, H)
 
 
 @contextmanager
@@ -108,28 +109,6 @@ def _head_gradients(
             hidden.set(slice(i, i + 1), gradient)
 
 
-class _Seen:
-    """What one layer's inputs x and output gradients g have added up to."""
-
-    def __init__(self) -> None:
-        self.hessian: Hessian | None = None
-        self.squares: list[Tensor] = []
-
-    def add(self, x: Tensor, gradient: Tensor) -> None:
-        squares = gradient.float().square().sum(-1)
-        self.hessian = self.hessian or Hessian(x.shape[-1], x.device)
-        self.hessian.add(x, squares)
-        self.squares.append(squares.reshape(-1).cpu())
-
-    def measured(self, plan: LayerPlan, tokens: Tensor) -> Measured:
-        if self.hessian is None or (H := self.hessian.mean()) is None:
-            return Measured(plan, 0.0, None, None)
-        squares = torch.cat(self.squares)
-        whole = len(squares) == tokens.numel()
-        weights = (squares / squares.double().mean()).float().view(tokens.shape) if whole else None
-        return Measured(plan, self.hessian.weight / (2 * plan.shape[0] * tokens.numel()), H, weights)
-
-
 def _backward(
     block: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -137,26 +116,32 @@ def _backward(
     gradients: Activations,
     kwargs: Mapping[str, Any],
     device: torch.device,
-) -> dict[str, _Seen]:
-    """What the layers saw and were told, for all rows; the gradients move from the block's outputs to its inputs."""
-    seen = {name: _Seen() for name in layers}
+) -> tuple[dict[str, Hessian], dict[str, Hessian]]:
+    """Second moments of the layers' inputs for all rows, plain and weighted by the squares of the gradients at their outputs.
+
+    The gradients move from the block's outputs to its inputs.
+    """
+    weighted: dict[str, Hessian] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             x = given[0].detach()
-            output.register_hook(lambda gradient: seen[name].add(x, gradient))
+            weighted.setdefault(name, Hessian(x.shape[-1], x.device))
+            output.register_hook(lambda gradient: weighted[name].add(x, gradient.float().square().sum(-1)))
 
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
-        for rows in inputs.batches():
-            x = inputs.get(rows).to(device).requires_grad_()
-            with torch.enable_grad():
-                y = run_block(block, x, kwargs)
-                (gradient,) = torch.autograd.grad(y, x, gradients.get(rows).to(device))
-            gradients.set(rows, gradient)
+        with InputMoments(layers) as moments:
+            for rows in inputs.batches():
+                x = inputs.get(rows).to(device).requires_grad_()
+                with torch.enable_grad():
+                    y = run_block(block, x, kwargs)
+                    (gradient,) = torch.autograd.grad(y, x, gradients.get(rows).to(device))
+                gradients.set(rows, gradient)
+                moments.end_pass()
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return moments.hessians, weighted
