@@ -92,8 +92,9 @@ def count(sizes: Sizes, tensors: dict[str, Tensor]) -> None:
 
 def with_lplr(folder: str, rows: Tensor, settings: dict[str, Any]) -> tuple[Weights, Sizes]:
     import lplr
+    from lplr.recipe import make_recipe
 
-    recipe = lplr.make_recipe({"model": folder, "dataset": settings.pop("dataset"), "nsamples": len(rows), **settings})
+    recipe = make_recipe({"model": folder, "dataset": settings.pop("dataset"), "nsamples": len(rows), **settings})
     lplr.compress(recipe, "compressed", progress=lambda done, total, what: None)
     weights, sizes = {}, {}
     for name, layer in lplr.load("compressed").named_modules():

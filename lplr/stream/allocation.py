@@ -1,9 +1,9 @@
-"""The bits of every matrix of a model: curves measured on the original weights, weighted by what the loss minds, solved for the budget.
+"""The bits of every matrix of a model: curves of the original weights, weighted by what the loss minds, solved for the budget.
 
-With calibration a matrix's curve is s_i tr(E M_i E^T), the divergence in nats a token that its rounding predicts (`stream.sensitivity`);
-without, tr(E E^T) / ||W||_F^2, every matrix as dear as the next.  The budget is that of all matrices that take part: those of the
-methods in `factor.curves.CURVED` whose bits no rule sets.  What was decided stands in run.jsonl before the first block, so a resumed
-run goes by it.
+With calibration a matrix's curve is s_i tr(E M_i E^T), the divergence in nats a token that its rounding predicts
+(`stream.sensitivity`); without, tr(E E^T) / ||W||_F^2, every matrix as dear as the next.  The budget is that of all matrices that
+take part: those of the methods in `factor.curves.CURVED` whose bits no rule sets.  What was decided stands in run.jsonl before
+the first block, and a resumed run goes by it.
 
 The prediction is of second order, so it holds near the original model only: no matrix gets less than the next width that is
 SPREAD below the budget (on SmolLM2-135M at 2 bits the first block's attention, four matrices of next to no predicted loss
@@ -12,7 +12,7 @@ each, cost 0.3 nats when all were given half a bit).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from math import floor, nextafter, prod
 from pathlib import Path
@@ -27,7 +27,7 @@ from lplr.factor.curves import CURVED, error_curve
 from lplr.recipe import Recipe
 from lplr.stream.calibrate import computable
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
-from lplr.stream.sensitivity import Measured, measure
+from lplr.stream.sensitivity import Measured, Say, measure
 
 KIND = "allocation"
 ROWS = 32  # calibration rows that losses and curves are measured on
@@ -53,7 +53,7 @@ def allocation(
     folder: Path,
     device: torch.device,
     generator: torch.Generator,
-    say: Callable[[str], None],
+    say: Say,
 ) -> dict[str, Any]:
     """The line of run.jsonl: for each matrix its curve (stored bits, predicted loss) and the bits that it is given.
 
@@ -67,7 +67,6 @@ def allocation(
         W = W.T.contiguous() if m.plan.transposed else W
         square = float(W.double().square().sum())
         weight = m.weight if rows is not None else 1 / square if square else 0.0
-        say(f"error of {name} at each width")
         curve = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M)]
         curves[name] = _admitted(curve, (recipe.bits - SPREAD) * W.numel(), m.plan.dense_bits)
     found = allocate(curves, sum(floor(recipe.bits * prod(p.shape)) for p in plans))
@@ -107,8 +106,14 @@ def _measured(
     folder: Path,
     device: torch.device,
     generator: torch.Generator,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[Measured]:
     if tokens is None:
-        return (Measured(p, 1.0, None, None) for p in plans)
+        return _unweighted(plans, say)
     return measure(checkpoint, plans, tokens, folder, device, generator, say)
+
+
+def _unweighted(plans: list[LayerPlan], say: Say) -> Iterator[Measured]:
+    for i, p in enumerate(plans):
+        say(i / len(plans), f"error of {p.name} at each width")
+        yield Measured(p, 1.0, None, None)

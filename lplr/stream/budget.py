@@ -20,7 +20,8 @@ from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, plan_layers
 from lplr.stream.estimate import weight_files
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 HALF = 2  # bytes of a number in 16 bits
 LEAST, MOST = 0.1, 8.0  # bits per weight
 GRAIN = 1000  # a budget is rounded down to whole thousandths of a bit

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +129,21 @@ def batch_rows(rows: int, seqlen: int) -> int:
     return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
 
 
+class Enough(Exception):
+    """Raised in a forward pass when every layer of interest has been called: the rest need not run."""
+
+
 class InputMoments:
     """A context in which each forward pass adds the inputs of the given layers to their Hessians.
 
     Layers that are handed the same tensor object (q, k and v; gate and up) share one Hessian.  A layer that is never
-    called, such as an expert that no token is routed to, has none.
+    called, such as an expert that no token is routed to, has none.  With `stop` a pass ends by Enough at the last layer's call.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], *, stop: bool = False) -> None:
         self.hessians: dict[str, Hessian] = {}
-        self._layers = layers
+        self._layers, self._stop = layers, stop
+        self._called: set[str] = set()
         self._pass: list[tuple[Tensor, Hessian]] = []  # holds the inputs, so that identity is certain
         self._handles: list[Any] = []
 
@@ -155,17 +160,21 @@ class InputMoments:
     def end_pass(self) -> None:
         """Forget the tensors of the last forward pass."""
         self._pass.clear()
+        self._called.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            for seen, hessian in self._pass:
-                if seen is x and self.hessians.get(name, hessian) is hessian:
-                    self.hessians[name] = hessian
-                    return
-            hessian = self.hessians.setdefault(name, Hessian(x.shape[-1], x.device))
-            hessian.add(x.detach())
-            self._pass.append((x, hessian))
+            shared = (h for seen, h in self._pass if seen is x and self.hessians.get(name, h) is h)
+            hessian = next(shared, None)
+            if hessian is None:
+                hessian = self.hessians.setdefault(name, Hessian(x.shape[-1], x.device))
+                hessian.add(x.detach())
+                self._pass.append((x, hessian))
+            self.hessians[name] = hessian
+            self._called.add(name)
+            if self._stop and len(self._called) == len(self._layers):
+                raise Enough
 
         return note
 
@@ -174,12 +183,47 @@ class InputMoments:
 def collect(
     block: nn.Module, layers: Mapping[str, nn.Module], inputs: Activations, kwargs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Hessian]:
-    """Run a block on all calibration rows and return the Hessians of its layers."""
-    with InputMoments(layers) as moments:
+    """Run a block on all calibration rows, as far as its given layers, and return their Hessians."""
+    with InputMoments(layers, stop=True) as moments:
         for rows in inputs.batches():
-            run_block(block, inputs.get(rows).to(device), kwargs)
+            with suppress(Enough):
+                run_block(block, inputs.get(rows).to(device), kwargs)
             moments.end_pass()
     return moments.hessians
+
+
+@torch.no_grad()
+def stages(
+    block: nn.Module, layers: Mapping[str, nn.Module], inputs: Activations, kwargs: Mapping[str, Any], device: torch.device
+) -> list[list[str]]:
+    """The layers in the order in which the block calls them, those with the same input together (q, k, v; o; gate, up; down).
+
+    What does not see every token (experts), and what is not called at all, comes last, together.
+    """
+    calls: list[tuple[Tensor, list[str]]] = []  # holds the inputs, so that identity is certain
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0]
+            if x.shape[:-1].numel() != hidden.shape[:-1].numel() or any(name in names for _, names in calls):
+                return
+            if not calls or calls[-1][0] is not x:
+                calls.append((x, []))
+            calls[-1][1].append(name)
+
+        return note
+
+    hidden = inputs.get(next(iter(inputs.batches()))).to(device)
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        run_block(block, hidden, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [names for _, names in calls]
+    called = {name for names in found for name in names}
+    rest = [name for name in layers if name not in called]
+    return found + ([rest] if rest else [])
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """The driver: a checkpoint goes in, a folder that transformers loads and a record of every layer come out.
 
-Block by block: read, collect the inputs' second moments on the compressed prefix, factorize each matrix, write the
-block's shard, then append its records.  A block is finished only when its line stands in run.jsonl; a killed run
-goes on behind the last one, and since each matrix has a generator of its own, seeded by its name, and
-each finished block is run from its shard, the result has the same bytes as that of an unbroken run.  config.json is
-written last: a folder without it is no model to any loader.
+First, bits are allocated (`stream.allocation`).  Then, block by block: read, collect the inputs' second moments behind everything
+that is compressed already, in the block too, factorize each matrix, write the block's shard, append its records.  A block is
+finished only when its line stands in run.jsonl.  A killed run goes on behind the last one, and since each matrix has a generator
+of its own, seeded by its name, and each finished block is run from its shard, the result has the same bytes as that of an
+unbroken run.  config.json is written last: a folder without it is no model to any loader.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 import lplr
 from lplr import records
 from lplr.errors import CheckpointError
-from lplr.factor import Format, certify, factorize
+from lplr.factor import Factorization, Format, certify, factorize
 from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
 from lplr.linalg.hessian import Hessian
@@ -32,7 +32,7 @@ from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
-from lplr.stream.calibrate import Activations, advance, calibration_windows, collect, computable, embed
+from lplr.stream.calibrate import Activations, advance, calibration_windows, collect, computable, embed, stages
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
 from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
@@ -40,6 +40,7 @@ from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
 from lplr.stream.shards import Layout, shard_name, write_atomic, write_shard
 from lplr.stream.source import read_entries
 
+MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
 
@@ -84,6 +85,17 @@ class _Meter:
 
     def say(self, text: str) -> None:
         self.tell(self.done, self.total, text)
+
+    def ahead(self, share: float) -> Callable[[float, str], None]:
+        """What tells of work that comes first and takes `share` of the time of all the rest: (share done of it, what)."""
+        first, extra = self.done, share * self.total
+        self.total += extra
+
+        def say(part: float, text: str) -> None:
+            self.done = first + part * extra
+            self.say(text)
+
+        return say
 
     def finish(self, plans: list[LayerPlan], text: str) -> None:
         self.done += _weights(plans)
@@ -147,7 +159,9 @@ class _Run:
         if line is None:
             generator = seeded(self.recipe.seed, KIND, self.device)
             where = self.ledger.folder, self.device
-            line = allocation(self.checkpoint, chosen, self.recipe, self.tokens, *where, generator, meter.say)
+            say = meter.ahead(MEASURING)
+            line = allocation(self.checkpoint, chosen, self.recipe, self.tokens, *where, generator, say)
+            say(1.0, "bits are allocated")
             self.ledger.append([line])
         self.plans = allocated(self.plans, line)
 
@@ -181,40 +195,63 @@ class _Run:
         self, index: int, plans: list[LayerPlan], inputs: Activations | None, kwargs: Mapping[str, Any], meter: _Meter
     ) -> None:
         ck = self.checkpoint
-        chosen = [p for p in plans if p.format]
-        hessians: dict[str, Hessian] = {}
+        made: dict[str, tuple[dict[str, Tensor], LayerRecord]] = {}
+        done = 0.0
+
+        def one(p: LayerPlan, hessian: Hessian | None) -> Factorization | None:
+            nonlocal done
+            meter.tell(meter.done + done, meter.total, p.name)
+            f, stored, record = self._compress_layer(p, hessian.mean() if hessian is not None else None)
+            made[p.name] = stored, record
+            done += _weights([p])
+            return f
+
+        chosen = {p.name: p for p in plans if p.format}
         if inputs is not None and chosen:
             meter.say(f"block {index + 1}: running the calibration text")
-            block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
-            weights = {name.removeprefix(prefix): computable(ck, name, self.device) for name in ck.block_tensors(index)}
-            materialise(block, weights)
-            del weights
-            layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}
-            hessians = collect(block, layers, inputs, kwargs, self.device)
-            release(block)
-        tensors: dict[str, Tensor] = {}
-        rows: list[LayerRecord] = []
-        done = 0.0
+            self._by_stages(index, chosen, inputs, kwargs, one)
         for p in plans:
-            meter.tell(meter.done + done, meter.total, p.name)
-            hessian = hessians.pop(p.name, None)
-            stored, record = self._compress_layer(p, hessian.mean() if hessian is not None else None)
-            tensors.update(stored)
-            rows.append(record)
-            done += _weights([p])
-        replaced = {f"{p.name}.weight" for p in chosen}
+            if p.name not in made:
+                one(p, None)
+        tensors = {name: tensor for p in plans for name, tensor in made[p.name][0].items()}
+        replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
-        self._commit(index, tensors, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, rows)
+        layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        self._commit(index, tensors, layout, [made[p.name][1] for p in plans])
 
-    def _compress_layer(self, p: LayerPlan, H: Tensor | None) -> tuple[dict[str, Tensor], LayerRecord]:
-        """The stored tensors of one matrix, by full name, and its record."""
+    def _by_stages(
+        self,
+        index: int,
+        chosen: dict[str, LayerPlan],
+        inputs: Activations,
+        kwargs: Mapping[str, Any],
+        one: Callable[[LayerPlan, Hessian | None], Factorization | None],
+    ) -> None:
+        """Hand each matrix of a block to `one` with its second moments, collected behind all matrices that come before it."""
+        ck = self.checkpoint
+        block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
+        materialise(block, {n.removeprefix(prefix): computable(ck, n, self.device) for n in ck.block_tensors(index)})
+        layers = {name: ck.model.get_submodule(name) for name in chosen}
+        for names in stages(block, layers, inputs, kwargs, self.device):
+            hessians = collect(block, {name: layers[name] for name in names}, inputs, kwargs, self.device)
+            for name in names:
+                f = one(chosen[name], hessians.pop(name, None))
+                assert f is not None  # a chosen matrix is compressed
+                W = f.dequantize()
+                layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)
+        release(block)
+
+    def _compress_layer(
+        self, p: LayerPlan, H: Tensor | None
+    ) -> tuple[Factorization | None, dict[str, Tensor], LayerRecord]:
+        """One matrix compressed, None if it stays dense; its stored tensors by full name, and its record."""
         started = time.perf_counter()
         W = computable(self.checkpoint, f"{p.name}.weight", self.device)
         W = W.T.contiguous() if p.transposed else W
         common = {"name": p.name, "block": p.block, "shape": p.shape, "method": p.spec.method}
         if p.format is None:
             norm = float(torch.linalg.vector_norm(W.double()))
-            return {}, LayerRecord(**common, stored="dense", bits=p.dense_bits, norm=norm, note=p.reason)
+            return None, {}, LayerRecord(**common, stored="dense", bits=p.dense_bits, norm=norm, note=p.reason)
         generator = seeded(self.recipe.seed, p.name, self.device)
         f = factorize(W, p.asked, H=H, generator=generator)
         most = p.format.stored_bits()
@@ -239,7 +276,7 @@ class _Run:
             seconds=time.perf_counter() - started,
             **facts,
         )
-        return {f"{p.name}.{part}": tensor for part, tensor in f.tensors().items()}, record
+        return f, {f"{p.name}.{part}": tensor for part, tensor in f.tensors().items()}, record
 
     def _advance(self, index: int, inputs: Activations, kwargs: Mapping[str, Any]) -> None:
         """Run a finished block from its shard, as a resumed run would, to get the next block's inputs."""

@@ -2,9 +2,9 @@
 
 For y = (W + E) x with small E the model's own predictions move, to second order, by
 
-    KL  ~  1/2 E_t (g_t^T E x_t)^2  ~  s tr(E M E^T),      s = E_t ||g_t||^2 / (2 n),   M = E_t[||g_t||^2 x_t x_t^T] / E_t ||g_t||^2
+    KL ~ 1/2 E_t (g_t^T E x_t)^2 ~ s tr(E M E^T),      s = E_t ||g_t||^2 / (2 n),   M = E_t[||g_t||^2 x_t x_t^T] / E_t ||g_t||^2
 
-nats a token, g_t (n) the gradient at y_t of the text's negative log-likelihood, with tokens *drawn from the model itself*, so that
+nats a token, g_t (n) the gradient at y_t of the text's negative log-likelihood with tokens *drawn from the model itself*, so that
 the mean of g g^T is the Fisher information and no gradient of the loss stands in the way.  The second step takes the error's
 direction as independent of g's, and leaves out what errors at two tokens do together.  The original model is run block by block,
 forward and back, with one block in memory; the inputs of all blocks are kept as `calibrate.Activations`.
@@ -28,6 +28,9 @@ from lplr.linalg.hessian import Hessian
 from lplr.stream.calibrate import Activations, InputMoments, computable, embed, outside
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
 
+Say = Callable[[float, str], None]  # (share of the work that is done, what comes next)
+FORWARD = 0.25  # share of a pass forward in the time of all
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -46,7 +49,7 @@ def measure(
     folder: Path,
     device: torch.device,
     generator: torch.Generator,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Iterator[Measured]:
     """The planned matrices, last block first, on tokens (rows, seqlen); `generator` draws the targets.
 
@@ -54,12 +57,12 @@ def measure(
     """
     ck, count = checkpoint, len(checkpoint.stack)
     with ExitStack() as stack:
-        say("sensitivity: embedding")
+        say(0.0, "sensitivity: embedding")
         hidden, kwargs = embed(ck, tokens, folder, device)
         stack.callback(hidden.close)
         inputs: list[Activations] = []
         for i in range(count):
-            say(f"sensitivity: block {i + 1} of {count}, forward")
+            say(FORWARD * i / count, f"sensitivity: block {i + 1} of {count}, forward")
             inputs.append(Activations(*hidden.shape, folder, share=count))
             stack.callback(inputs[i].close)
             with _loaded(ck, i, device) as block, torch.no_grad():
@@ -67,10 +70,10 @@ def measure(
                     x = hidden.get(rows)
                     inputs[i].set(rows, x)
                     hidden.set(rows, run_block(block, x.to(device), kwargs[i]))
-        say("sensitivity: gradients of the head")
+        say(FORWARD, "sensitivity: gradients of the head")
         _head_gradients(ck, tokens, hidden, device, generator)
         for i in reversed(range(count)):
-            say(f"sensitivity: block {i + 1} of {count}, backward")
+            say(FORWARD + (1 - FORWARD) * (count - 1 - i) / count, f"sensitivity: block {i + 1} of {count}, backward")
             chosen = [p for p in plans if p.block == i]
             with _loaded(ck, i, device) as block:
                 layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}

@@ -20,7 +20,7 @@ def measured(folder: Path, tokens: torch.Tensor, scratch: Path, seed: int = 0) -
     checkpoint = open_checkpoint(str(folder))
     plans = plan_layers(checkpoint, make_recipe({"model": str(folder), "bits": 4}))
     generator = torch.Generator().manual_seed(seed)
-    return list(measure(checkpoint, plans, tokens, scratch, torch.device("cpu"), generator, lambda _: None))
+    return list(measure(checkpoint, plans, tokens, scratch, torch.device("cpu"), generator, lambda *_: None))
 
 
 def by_autograd(model: Any, names: list[str], tokens: torch.Tensor, seed: int) -> dict[str, float]:
