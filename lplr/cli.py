@@ -6,24 +6,22 @@ Exit status: 0 done, 2 a clear error on one line, 130 stopped by the user (nothi
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import lplr
-from lplr.errors import LplrError, RecipeError
+from lplr.errors import RecipeError
 from lplr.recipe import METHOD_NAMES, WIDTHS, Recipe, load_recipe, make_recipe
+from lplr.terminal import clear_errors, duration_text, fail, notice, out, progress_bar, size_text
+
+if TYPE_CHECKING:
+    from lplr.stream.inspect import Losses
 
 # read by OpenMP when torch is imported, which no command has done yet: threads that wait must not spin, or a second busy process
 # on the machine slows every small operation down many times
@@ -35,15 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
-PLAIN_SECONDS = 20.0  # between two lines of progress where there is no terminal to draw a bar on
 
 # argument and option of typer's own wrong-usage errors; the class itself is private in some of its versions
 _UsageError: Any = typer.BadParameter.__bases__[0]
-Step = Callable[[float, float, str], None]  # (done, total, what)
 
-Model = Annotated[str, typer.Argument(help="A folder, a GGUF file, or an id of the Hugging Face Hub.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lplr compress` wrote.", show_default=False)]
 Against = Annotated[
     str | None, typer.Option(metavar="BASE", help="The base model: folder, GGUF file or Hub id.", show_default=False)
@@ -106,7 +99,7 @@ def compress(
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
-    with _errors():
+    with clear_errors():
         settings = {**(load_recipe(recipe) if recipe else {}), **flags}
         if "model" not in settings:
             raise RecipeError("no model given: name a folder, a GGUF file or a Hub id")
@@ -117,8 +110,8 @@ def compress(
         from lplr.stream.compress import compress as run
 
         folder = output or _default_folder(chosen)
-        with _progress("compress") as step:
-            rows = run(chosen, folder, resume=not no_resume, notify=_notice, progress=step)
+        with progress_bar("compress") as step:
+            rows = run(chosen, folder, resume=not no_resume, notify=notice, progress=step)
         _summary(folder, rows)
 
 
@@ -131,12 +124,12 @@ def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int
     from lplr.stream.budget import bits_for_memory, bits_for_size, parse_size
     from lplr.stream.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(recipe.model, recipe.revision, _notice)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision, notice)
     if size is not None:
         bits = bits_for_size(checkpoint, recipe, parse_size(size))
     else:
         bits = bits_for_memory(checkpoint, recipe, parse_size(fit or ""), context)
-    _notice(f"{size or fit} allows {bits:g} bits a weight")
+    notice(f"{size or fit} allows {bits:g} bits a weight")
     return recipe.model_copy(update={"bits": bits})
 
 
@@ -150,7 +143,7 @@ def _dry_run(recipe: Recipe) -> None:
     from lplr.stream.checkpoint import open_checkpoint, plan_layers
     from lplr.stream.estimate import estimate
 
-    checkpoint = open_checkpoint(recipe.model, recipe.revision, _notice)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision, notice)
     plans = plan_layers(checkpoint, recipe)
     e = estimate(checkpoint, plans, recipe)
     table = Table("matrix", "shape", "method", "grid", "rank", "bits L/R/Q", "bits per weight", title="Plan")
@@ -163,15 +156,22 @@ def _dry_run(recipe: Recipe) -> None:
             cells = p.spec.method, ", ".join(f.grids()), str(f.rank), widths, f"{f.bits_per_weight:.4f}"
         table.add_row(escape(p.name), shape, *cells)
     out.print(table)
+    if e.allocated:
+        out.print(
+            f"The bits of {e.allocated} matrices are allocated when the run has measured what they are worth: the plan shows "
+            "equal ones, bits and size are upper bounds.",
+            soft_wrap=True,
+        )
+    most = "at most " if e.allocated else ""
     facts = Table("whole model", "", title="Estimate (nothing was written)")
     facts.add_row("compressed weights", f"{e.weights:,} of {e.parameters:,}")
-    facts.add_row("bits per weight, all-in", f"{e.bits_per_weight:.4f}")
-    facts.add_row("bits per parameter, whole model", f"{e.bits_per_parameter:.3f}")
-    facts.add_row("size", f"{_size(e.source_bytes)} -> {_size(e.output_bytes)}")
-    facts.add_row("weight files", f"{len(e.files)}, together {sum(e.files.values()):,} bytes")
-    facts.add_row("peak memory, about", _size(e.memory_bytes))
-    facts.add_row("activations on disk", _size(e.disk_bytes))
-    facts.add_row("time on this machine, about", _duration(e.seconds))
+    facts.add_row("bits per weight, all-in", f"{most}{e.bits_per_weight:.4f}")
+    facts.add_row("bits per parameter, whole model", f"{most}{e.bits_per_parameter:.3f}")
+    facts.add_row("size", f"{size_text(e.source_bytes)} -> {most}{size_text(e.output_bytes)}")
+    facts.add_row("weight files", f"{len(e.files)}, together {'about ' if most else ''}{sum(e.files.values()):,} bytes")
+    facts.add_row("peak memory, about", size_text(e.memory_bytes))
+    facts.add_row("on disk while it runs", size_text(e.disk_bytes))
+    facts.add_row("time on this machine, about", duration_text(e.seconds))
     out.print(facts)
 
 
@@ -198,7 +198,7 @@ def _summary(folder: Path, rows: list[Any]) -> None:
     done = records.read(folder / records.LEDGER)[-1]
     out.print(
         f"{escape(str(folder))}: {done['bits_per_weight']:.4f} bits per weight on {done['weights']:,} compressed weights, "
-        f"{done['bits_per_parameter']:.3f} bits per parameter of the whole model, {_size(done['bytes'])}",
+        f"{done['bits_per_parameter']:.3f} bits per parameter of the whole model, {size_text(done['bytes'])}",
         soft_wrap=True,
     )
 
@@ -217,13 +217,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
     """Perplexity, and against a base model KL divergence and top-1 agreement."""
-    with _errors():
+    with clear_errors():
         from lplr.evaluate.perplexity import as_table
         from lplr.evaluate.run import evaluate_folder
 
-        with _progress("eval") as step:
+        with progress_bar("eval") as step:
             result = evaluate_folder(
-                folder, dataset, against, seqlen=seqlen, max_windows=windows, device=device, notify=_notice, progress=step
+                folder, dataset, against, seqlen=seqlen, max_windows=windows, device=device, notify=notice, progress=step
             )
         table = Table("measure", "value", title=escape(Path(folder).name))
         for measure, value in as_table(result):
@@ -233,36 +233,68 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Model,
+    model: Annotated[str, typer.Argument(help="A folder, compressed or not, a GGUF file, or a Hub id.", show_default=False)],
     bits: Annotated[float, typer.Option(help="Budget per weight.")] = 1.0,
     method: Annotated[str, typer.Option(help="Method whose rank is shown.")] = "auto",
+    dataset: Annotated[
+        str | None, typer.Option(help="Measure the allocation too: on builtin, none, a text or jsonl file.", show_default=False)
+    ] = None,
+    nsamples: Annotated[int, typer.Option(help="Windows to draw from the text.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
 ) -> None:
-    """Each matrix's shape, stable rank, and the energy captured at the rank that a budget allows."""
-    with _errors():
+    """What each matrix is like; with --dataset the bits it would be given, and of a compressed folder those it was given."""
+    with clear_errors():
         from lplr.stream.checkpoint import open_checkpoint, plan_layers
         from lplr.stream.inspect import inspect as look
+        from lplr.stream.inspect import is_compressed, measured_losses, stored_losses
 
-        recipe = make_recipe({"model": model, "bits": bits, "method": method})
-        checkpoint = open_checkpoint(model, None, _notice)
+        if is_compressed(model):
+            _show_losses(model, stored_losses(Path(model).expanduser()))
+            return
+        text = {} if dataset is None else {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
+        recipe = make_recipe({"model": model, "bits": bits, "method": method, **text})
+        checkpoint = open_checkpoint(model, None, notice)
         plans = plan_layers(checkpoint, recipe)
         columns = ("matrix", "shape", "norm", "stable rank", f"rank at {bits:g} bits", "energy captured")
         table = Table(*columns, title=escape(Path(model).name))
-        with _progress("inspect") as step:
+        with progress_bar("inspect") as step:
             for done, m in enumerate(look(checkpoint, plans), 1):
                 step(float(done), float(len(plans)), m.plan.name)
                 rank = str(m.plan.format.rank) if m.plan.format else "dense"
                 shape = f"{m.plan.shape[0]} x {m.plan.shape[1]}"
                 table.add_row(escape(m.plan.name), shape, f"{m.norm:.4g}", f"{m.stable_rank:.1f}", rank, f"{m.energy:.1%}")
+            found = measured_losses(checkpoint, plans, recipe, notice, lambda share, s: step(share, 1.0, s)) if text else None
         out.print(table)
+        if found is not None:
+            _show_losses(model, found)
+
+
+def _show_losses(model: str, found: Losses) -> None:
+    """One table of the bits of every matrix, and of the loss predicted at them and at others."""
+    from lplr.stream.inspect import SHOWN
+
+    def cells(*losses: float | None) -> list[str]:
+        return [f"{loss:.4g}" if loss is not None else "-" for loss in losses]
+
+    if found.unit is None:
+        out.print("No bits were allocated: --allocation uniform, or a method that has no curves.", soft_wrap=True)
+    columns = ("matrix", "bits per weight", "loss", *(f"at {bits} bit{'s' * (bits > 1)}" for bits in SHOWN))
+    unit = f", predicted loss in {found.unit}" if found.unit else ""
+    table = Table(*columns, title=f"{escape(Path(model).name)}{unit}")
+    for row in found.rows:
+        table.add_row(escape(row.name), f"{row.bits:.4f}", *cells(row.loss, *row.at))
+    table.add_section()
+    table.add_row("all, as allocated and at equal bits", "", *cells(found.total, *found.at))
+    out.print(table)
 
 
 @app.command()
 def verify(folder: Folder, against: Against = None) -> None:
     """Check every file and tensor of a compressed folder; with --against, every layer's error against its certificate."""
-    with _errors():
+    with clear_errors():
         from lplr.stream.verify import verify as check
 
-        with _progress("verify") as step:
+        with progress_bar("verify") as step:
             v = check(folder, against, progress=step)
         counts = f"{v.files} files, {v.tensors} tensors, {v.layers} layers, {v.bits_per_weight:.4f} bits per weight"
         out.print(f"{escape(str(folder))}: {counts}: intact", soft_wrap=True)
@@ -274,7 +306,7 @@ def verify(folder: Folder, against: Against = None) -> None:
 @app.command()
 def report(folder: Folder) -> None:
     """Write one self-contained HTML page about a compressed folder."""
-    with _errors():
+    with clear_errors():
         from lplr.report.page import write_report
 
         out.print(f"wrote {escape(str(write_report(folder)))}", soft_wrap=True)
@@ -288,11 +320,11 @@ def demo(
     bits: Annotated[float, typer.Option(help="Budget of the model to show; a 1-bit one is shown beside it.")] = 4.0,
 ) -> None:
     """Compress SmolLM2-135M-Instruct from the package index, evaluate it, write the report, and let it speak."""
-    with _errors():
+    with clear_errors():
         from lplr.demo import demo as run
 
-        with _progress("demo") as step:
-            shown = run(output, bits, notify=_notice, progress=step)
+        with progress_bar("demo") as step:
+            shown = run(output, bits, notify=notice, progress=step)
         table = Table("", *(column for column, _ in shown.columns), title="SmolLM2-135M-Instruct on held-out text")
         for i, row in enumerate(shown.rows):
             table.add_row(row, *(escape(cells[i]) for _, cells in shown.columns))
@@ -312,93 +344,13 @@ def _main(
         typer.echo(context.get_help())
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Every error that the user can mend is one line on stderr and status 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        err.print("stopped; run the same command again to go on", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except LplrError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of our output has gone: not an error
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "make room on the disk, then run the same command again" if full else "check the path and its permissions"
-        message = f"{error}: {remedy}"
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(s in str(error) for s in ("allocate memory", "out of memory")):
-            raise
-        message = "out of memory: `lplr compress --dry-run` tells what is needed; a smaller --seqlen needs less"
-    else:
-        return
-    _fail(message)
-    raise typer.Exit(2)
-
-
-def _fail(message: str) -> None:
-    err.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Step]:
-    """Yields step(done, total, text): a bar with elapsed and remaining time on stderr, or a line now and then in a log."""
-    if not err.is_terminal:
-        yield _lines(what)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-
-        def step(done: float, total: float, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=escape(f"{what}: {text}"))
-
-        yield step
-
-
-def _lines(what: str) -> Step:
-    """Progress as plain lines, at most one in PLAIN_SECONDS."""
-    started = told = time.monotonic()
-
-    def step(done: float, total: float, text: str) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told < PLAIN_SECONDS:
-            return
-        told = now
-        left = f", {_duration((now - started) * (total - done) / done)} left" if done else ""
-        err.print(f"{what}: {escape(text)} ({done / total if total else 0:.0%}{left})", soft_wrap=True)
-
-    return step
-
-
-def _notice(message: str) -> None:
-    err.print(f"[yellow]note:[/] {escape(' '.join(message.split()))}", soft_wrap=True)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def main() -> None:
     """Entry point of the console script: wrong usage, too, is one line and status 2."""
     try:
         status = app(standalone_mode=False)
     except _UsageError as error:
         command = error.ctx.command_path if error.ctx else "lplr"
-        _fail(f"{error.format_message().rstrip('.')}: see `{command} --help`")
+        fail(f"{error.format_message().rstrip('.')}: see `{command} --help`")
         status = 2
     except BrokenPipeError:
         sys.stderr.close()  # or the interpreter would complain when it flushes

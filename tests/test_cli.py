@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lplr import cli, records
+from lplr import cli, records, terminal
 from lplr.factor import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,10 +103,11 @@ def test_the_whole_path_on_a_real_model(shared: Path, tmp_path: Path):
 def test_dry_run_prints_the_plan_and_writes_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    shown = call("compress", base, "--bits", 4, *DATA_FREE, "--dry-run")
+    uniform = ["--bits", 4, "--allocation", "uniform", *DATA_FREE]
+    shown = call("compress", base, *uniform, "--dry-run")
     assert shown.exit_code == 0, shown.output
     assert not list((tmp_path / "here").iterdir())
-    made = call("compress", base, "--bits", 4, *DATA_FREE, "-o", "out")
+    made = call("compress", base, *uniform, "-o", "out")
     assert made.exit_code == 0
     rows = list(records.layers(records.read(tmp_path / "here/out/run.jsonl")))
     for row in rows:
@@ -114,6 +115,61 @@ def test_dry_run_prints_the_plan_and_writes_nothing(base: Path, tmp_path: Path, 
         assert re.search(rf"│ {row.rank} +│ {row.l_bits:g}/{row.r_bits:g}/{row.q_bits:g} +│ {row.bits_per_weight:.4f}", line)
     size = sum(p.stat().st_size for p in (tmp_path / "here/out").glob("*.safetensors"))
     assert f"together {size:,} bytes" in shown.stdout
+    assert "at most" not in shown.stdout and "are allocated" not in shown.stdout
+
+
+def test_dry_run_says_that_bits_are_allocated_later(base: Path, tmp_path: Path):
+    shown = call("compress", base, "--bits", 3.3, *DATA_FREE, "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert "The bits of 21 matrices are allocated when the run has measured" in shown.stdout
+    assert call("compress", base, "--bits", 3.3, *DATA_FREE, "-o", tmp_path / "out").exit_code == 0
+    done = records.read(tmp_path / "out/run.jsonl")[-1]
+    bits = re.search(r"bits per weight, all-in +│ at most ([\d.]+)", shown.stdout)
+    size = re.search(r"-> at most ([\d.]+) KiB", shown.stdout)
+    assert bits and size and done["bits_per_weight"] <= float(bits[1]) <= 3.3
+    assert done["bytes"] / 1024 <= float(size[1]) * 1.001  # printed with four digits
+
+
+@pytest.fixture
+def big(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    """Large enough that the matrices outweigh what is allowed for headers and records."""
+    made = checkpoints.write(tmp_path / "big", "llama", hidden_size=128, intermediate_size=256, head_dim=32)
+    capfd.readouterr()
+    return made
+
+
+def allowed(result: Any) -> float:
+    found = re.search(r"allows ([\d.]+) bits a weight", result.stderr)
+    assert result.exit_code == 0 and found, result.output
+    return float(found[1])
+
+
+def test_a_budget_in_bytes(big: Path, tmp_path: Path):
+    shown = call("compress", big, "--size", "400KB", *DATA_FREE, "--dry-run", "-o", tmp_path / "out")
+    bits = allowed(shown)
+    assert 1 < bits < 4 and f"at most {bits:.4f}" in shown.stdout and not (tmp_path / "out").exists()
+    made = call("compress", big, "--size", "400KB", *DATA_FREE, "-o", tmp_path / "out")
+    assert allowed(made) == bits == records.read(tmp_path / "out/run.jsonl")[0]["recipe"]["bits"]
+    assert sum(p.stat().st_size for p in (tmp_path / "out").iterdir()) <= 400_000
+    few, more = (allowed(call("compress", big, "--fit", "500kB", "--context", n, *DATA_FREE, "--dry-run")) for n in (64, 16))
+    assert few < more
+
+
+def test_what_is_no_budget(big: Path, tmp_path: Path):
+    for flags, named in (
+        (["--size", "400KB", "--bits", "2"], "one of --bits, --size and --fit"),
+        (["--fit", "400KB", "--bits", "2"], "one of --bits, --size and --fit"),
+        (["--size", "400KB", "--fit", "1GiB"], "one of --bits, --size and --fit"),
+        (["--size", "2 gallons"], "'2 gallons' is no size: write a number and a unit"),
+        (["--fit", "-1GB"], "'-1GB' is no size"),
+        (["--size", "100KB"], "100,000 bytes are too few for a folder at any width"),
+        (["--fit", "1KB"], "too few for the device"),
+        (["--size", "400KB", "--allocation", "none"], "'allocation' is 'none'"),
+    ):
+        one_line(call("compress", big, "-o", tmp_path / "out", *DATA_FREE, *flags), named)
+        one_line(call("compress", big, "--dry-run", *DATA_FREE, *flags), named)
+    one_line(process("compress", "m", "--fit", "8GiB", "--context", "0"), "'--context'")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_default_folder_bears_the_name_and_the_bits(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -148,6 +204,31 @@ def test_inspect_shows_every_matrix(base: Path):
     assert shown.exit_code == 0 and shown.stdout.count("_proj") == 21
     line = next(x for x in shown.stdout.splitlines() if "layers.0.mlp.up_proj" in x)
     assert re.search(r"40 x 24 +│ [\d.]+ +│ [\d.]+ +│ \d+ +│ [\d.]+%", line)
+
+
+def test_inspect_shows_the_bits_that_would_be_given_and_those_that_were(base: Path, tmp_path: Path):
+    text = ["--dataset", base / "text.txt", "--nsamples", 6, "--seqlen", 32]
+    before = call("inspect", base, "--bits", 2, *text)
+    assert before.exit_code == 0 and before.stdout.count("_proj") == 42, before.output
+    assert call("compress", base, "--bits", 2, *text, *FAST, "-o", tmp_path / "out").exit_code == 0
+    after = call("inspect", tmp_path / "out")
+    assert after.exit_code == 0 and "predicted loss in nats a token" in after.stdout
+
+    def rows(shown: str) -> dict[str, list[str]]:
+        lines = (line.split("│")[1:-1] for line in shown.splitlines() if line.count("│") == 8)
+        return {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines}
+
+    found = rows(after.stdout)
+    assert found == rows(before.stdout) and len(found) == 22
+    assert found["model.layers.0.mlp.up_proj"][2] == "-"  # the curve of a budget of 2 bits begins above 1
+    assert all(re.fullmatch(r"[\d.e-]+", cell) for cells in found.values() for cell in cells[3:])
+    assert call("compress", base, "--bits", 2, "--allocation", "uniform", *DATA_FREE, "-o", tmp_path / "same").exit_code == 0
+    plain = call("inspect", tmp_path / "same")
+    assert plain.exit_code == 0 and "No bits were allocated" in plain.stdout and plain.stdout.count("_proj") == 21
+    free = call("inspect", base, "--bits", 2, "--dataset", "none")
+    assert free.exit_code == 0 and "relative squared error" in free.stdout
+    one_line(call("inspect", base, "--method", "lplr", "--dataset", "none"), "no matrix takes part in an allocation")
+    one_line(call("inspect", base, "--dataset", tmp_path / "missing.txt"), "does not exist")
 
 
 @pytest.mark.parametrize(
@@ -308,8 +389,8 @@ def test_a_signal_stops_the_real_command_with_status_130(base: Path, tmp_path: P
 
 def test_progress_of_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     clock = iter(range(0, 1000, 15))
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
-    with cli._progress("compress") as step:
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.progress_bar("compress") as step:
         for i in range(4):
             step(float(i), 4.0, f"block {i}")
     told = capsys.readouterr().err.splitlines()

@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "lplr"
 ORDER = (
     ["errors", "recipe", "records", "metrics", "kernels", "linalg", "quant", "factor", "nn", "recover", "hf", "stream"]
-    + ["evaluate", "demo", "cli"]
+    + ["evaluate", "demo", "terminal", "cli"]
 )
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["kernels"] = {"errors", "kernels"}
 ALLOWED["report"] = {"errors", "records", "report"}
+ALLOWED["terminal"] = {"errors", "terminal"}
 ALLOWED["demo"] |= {"report"}
 ALLOWED["cli"] |= {"report"}
 ALLOWED[""] = {*ORDER, "report"}  # lplr/__init__.py: names of every part, imported when used

@@ -1,4 +1,4 @@
-"""lplr beside other libraries' quantizers, GPTQ, HQQ and bitsandbytes NF4, each at its true bits: one model, text, perplexity code.
+"""lplr beside GPTQ, HQQ and bitsandbytes NF4 from the real libraries, each at its true bits: one model, text, perplexity code.
 
     python eval/quality/peers.py --model FOLDER --wikitext wiki.test.raw --calibration c4_en_600.jsonl
         [--only nf4 hqq-2 ...] [--python hqq=PYTHON gptqmodel=PYTHON ...] [--windows 8] [--seqlen 2048]
@@ -14,7 +14,8 @@ This process puts the weights into the dense model:
 
 The rows of lplr are `lplr compress FOLDER --bits B --dataset CALIBRATION` with every other setting at its default, whatever the
 model: no training, no list of layers.  It and GPTQ (arXiv:2210.17323) are calibrated with 128 rows of 512 tokens, packed from the
-calibration text by `lplr.hf.text`.  Groups are of 64: 576, the width of SmolLM2-135M, is no multiple of 128.  Rows are merged into eval/results/peers.json by name.
+calibration text by `lplr.hf.text`.  Groups are of 64: 576, the width of SmolLM2-135M, is no multiple of 128.  Rows are merged
+into eval/results/peers.json by name.
 """
 
 from __future__ import annotations
@@ -276,7 +277,8 @@ def run(args: argparse.Namespace) -> None:
         library, settings = PEERS[name]
         row: dict[str, Any] = {"name": name, "library": library, "settings": settings, "versions": {}}
         try:
-            weights, facts = quantize(name, pythons.get(library, pythons.get("", sys.executable)), args.model, rows, args.calibration)
+            python = pythons.get(library, pythons.get("", sys.executable))
+            weights, facts = quantize(name, python, args.model, rows, args.calibration)
             parts = {k: 8 * v / count_of_weights for k, v in facts.pop("sizes").items()}
             off = sum((weights[k] - w).square().sum().item() for k, w in dense.items())
             row |= facts | {"bits_per_weight": sum(parts.values()), "parts": parts}

@@ -98,7 +98,8 @@ def main() -> None:
         rows = lplr.compress(make_recipe(settings), args.output or Path(scratch) / "out", progress=progress)
         total, used = time.perf_counter() - started, time.process_time() - cpu
     own["everything else"] = total - sum(own.values())
-    print(f"{args.model}: {len(rows)} matrices, {args.bits:g} bits, {args.nsamples} rows; {total:.0f} s, {used:.0f} s of processors")
+    what = f"{len(rows)} matrices, {args.bits:g} bits, {args.nsamples} rows"
+    print(f"{Path(args.model).name}: {what}; {total:.0f} s, {used:.0f} s of processors")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     for stage, seconds in sorted(own.items(), key=lambda item: -item[1]):
         print(f"{stage:46} {seconds:8.1f} s {seconds / total:6.1%}  {calls[stage]:7} calls")

@@ -41,8 +41,9 @@ METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator]
 def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator: torch.Generator) -> Factorization:
     """W (n x d) ~ Q + L R: minimise ||W - Q - L R||_F, or tr(E H E^T) where H (d x d) = E[x x^T] is given.
 
-    The spec is completed by `plan`, or, where it leaves open how bits are shared between Q and L R, by the best of `exchanges`;
-    randomness comes from `generator` alone.  W is scaled by a power of two first, so that nothing overflows, and float16 /
+    The spec is completed by `plan`; where it leaves the method open, or how bits are shared between Q and L R, the plan of
+    `exchanges` with the least error is taken, each tried in the bases that it asks for, the first one of several that are equal.
+    Randomness comes from `generator` alone.  W is scaled by a power of two first, so that nothing overflows, and float16 /
     bfloat16 input is computed in float32.
     Raises CheckpointError on NaN or Inf, RecipeError when nothing fits the budget or the method is unknown.
     """
@@ -55,22 +56,32 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
     if not math.isfinite(largest):
         raise CheckpointError("the matrix holds NaN or Inf: repair the checkpoint, or leave this module out")
     plans = exchanges((W.shape[0], W.shape[1]), spec)
-    spec = plans[0]
-    method = choose(METHODS, spec.method, "method")
-    if not spec.rank and spec.q is None:
+    for planned in plans:
+        choose(METHODS, planned.method, "method")
+    if not plans[0].rank and plans[0].q is None:
         raise RecipeError(
-            f"no factorization of a {W.shape[0]} x {W.shape[1]} matrix by {spec.method!r} fits {spec.bits_per_weight} bits "
+            f"no factorization of a {W.shape[0]} x {W.shape[1]} matrix by {plans[0].method!r} fits {spec.bits_per_weight} bits "
             "per weight: raise the budget or choose another method"
         )
     A = W if W.dtype == torch.float64 else W.float()
     unit = 1.0 if SAFE[0] <= largest <= SAFE[1] or largest == 0 else 2.0 ** math.frexp(largest)[1]
-    A = A / unit if unit != 1.0 else A
-    A = rotated(A, spec.rotation or 0, spec.output_rotation or 0)
-    C = None if H is None else metric_factor(H.to(A.dtype), spec.rotation or 0)
-    found = [method(A, planned, C, generator) for planned in plans]
-    if len(found) > 1:
-        found.sort(key=lambda f: _error(A, f, C))  # stable: Q alone where nothing is better
-    return replace(_rescale(found[0], unit), rotation=spec.rotation or 0, output_rotation=spec.output_rotation or 0)
+    return _rescale(_best(A / unit if unit != 1.0 else A, plans, H, generator), unit)
+
+
+def _best(A: Tensor, plans: list[FactorSpec], H: Tensor | None, generator: torch.Generator) -> Factorization:
+    """The factorization of least error in the metric, which no rotation changes; the first where nothing is better."""
+    best, least = None, math.inf
+    bases, B, C = None, A, None  # A and the factor of H in the bases of the plan before
+    for planned in plans:
+        wanted = planned.rotation or 0, planned.output_rotation or 0
+        if wanted != bases:
+            bases, B, C = wanted, rotated(A, *wanted), None if H is None else metric_factor(H.to(A.dtype), wanted[0])
+        f = METHODS[planned.method](B, planned, C, generator)
+        error = _error(B, f, C) if len(plans) > 1 else 0.0
+        if best is None or error < least:
+            best, least = replace(f, rotation=wanted[0], output_rotation=wanted[1]), error
+    assert best is not None
+    return best
 
 
 def _error(A: Tensor, f: Factorization, C: Tensor | None) -> float:
@@ -90,4 +101,4 @@ def _rescale(f: Factorization, unit: float) -> Factorization:
         assert q.col_scale is not None
         return replace(q, col_scale=round_scale(q.col_scale.double() * unit))
 
-    return Factorization(f.l, scaled(f.r), scaled(f.q))
+    return replace(f, r=scaled(f.r), q=scaled(f.q))

@@ -87,6 +87,7 @@ def render(
         evaluations=[_evaluation_row(name, e) for name, e in evaluations],
         settings=_settings(run, done or {}, calibration),
         figures=_figures(records),
+        allocation=_allocation(next((e for e in entries if e["kind"] == "allocation"), {}), records),
         columns=COLUMNS,
         rows=[[column.cell(r) for column in COLUMNS] for r in records],
         compressed=sum(r.stored == "compressed" for r in records),
@@ -280,6 +281,20 @@ def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
         "bits_summary": _bits_summary(records, mean),
         "spectra": [(k, Markup(svg)) for k, svg in spectra if svg is not None],
     }
+
+
+def _allocation(line: dict[str, Any], records: Sequence[LayerRecord]) -> dict[str, Any] | None:
+    """What was predicted of the allocation, and the bits per weight of each kind of matrix; None where nothing was allocated."""
+    shared = line.get("layers")
+    if not isinstance(shared, dict):
+        return None
+    kinds = _kinds([r for r in records if r.name in shared])
+    rows = []
+    for kind, found in kinds.items():
+        bits = [r.bits_per_weight for r in found]
+        mean = bits_per_weight(found) or sum(bits) / len(bits)
+        rows.append((kind, number(len(found), 9), *(number(v, 3) for v in (mean, min(bits), max(bits)))))
+    return {"predicted": number(line.get("predicted")), "unit": _show(line.get("unit")), "rows": rows}
 
 
 def _range(values: list[float]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import floor, nextafter, prod
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,8 @@ def taking_part(plans: list[LayerPlan], recipe: Recipe) -> list[LayerPlan]:
     """The matrices that share the budget; nothing where the recipe asks for uniform bits."""
     if recipe.allocation == "uniform":
         return []
-    return [
-        p
-        for p in plans
-        if p.format and p.spec.method in CURVED and p.asked.rank is None and p.asked.bits_per_weight == recipe.bits
-    ]
+    ruled = {p.name for p in plans for rule in recipe.rules if rule.bits and fnmatchcase(p.name, rule.match)}
+    return [p for p in plans if p.format and p.spec.method in CURVED and p.asked.rank is None and p.name not in ruled]
 
 
 def allocation(
@@ -69,13 +67,16 @@ def allocation(
         weight = m.weight if rows is not None else 1 / square if square else 0.0
         curve = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M)]
         curves[name] = _admitted(curve, (recipe.bits - SPREAD) * W.numel(), m.plan.dense_bits)
-    found = allocate(curves, sum(floor(recipe.bits * prod(p.shape)) for p in plans))
+    budget = sum(floor(recipe.bits * prod(p.shape)) for p in plans)
+    if budget < sum(curve[0][0] for curve in curves.values()):
+        curves = {}  # only columns of no bits make the plans fit: every matrix keeps its own
+    found = allocate(curves, budget)
     return {
         "kind": KIND,
         "unit": "relative squared error" if rows is None else "nats a token",
         "predicted": found.error,
         "slope": found.slope,
-        "layers": {p.name: {"bits": found.bits[p.name], "curve": curves[p.name]} for p in plans},
+        "layers": {p.name: {"bits": found.bits[p.name], "curve": [list(point) for point in curves[p.name]]} for p in plans if curves},
     }
 
 

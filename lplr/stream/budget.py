@@ -83,7 +83,9 @@ def _largest(
 
     def at(bits: float) -> tuple[int, int]:
         plans = plan_layers(checkpoint, recipe.model_copy(update={"bits": bits}))
-        return total(plans), sum(prod(p.shape) for p in plans if p.format)
+        kept = [(floor(bits * prod(p.shape)), p.format.stored_bits()) for p in plans if p.format]
+        spare = sum(max(0, most - stored) for most, stored in kept)  # the allocation may use what these plans leave over
+        return total(plans) + spare // 8, sum(prod(p.shape) for p in plans if p.format)
 
     taken, weights = at(MOST)
     if taken <= limit:

@@ -1,15 +1,23 @@
-"""What a run will take, from shapes alone: size, bits, memory and time; nothing is read but headers."""
+"""What a run will take, from shapes alone: size, bits, memory and time; nothing is read but headers.
+
+Where bits are allocated by sensitivity, the plan is that of equal bits: what each matrix gets is known when the run has measured
+it.  All together keep to the budget, so bits and the bytes of the tensors are upper bounds then.
+"""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from math import prod
+from math import floor, prod
 
 import torch
 
+from lplr.factor.curves import MEASURED
+from lplr.factor.curves import ROWS as CURVE_ROWS
+from lplr.factor.double_binary import ITERATIONS
 from lplr.factor.rank import exchanges
 from lplr.recipe import Recipe
+from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
 from lplr.stream.device import usable_device
@@ -23,9 +31,14 @@ OVERHEAD = 2.0  # wall time over the time of the matrix products alone: a rough 
 
 @dataclass(frozen=True)
 class Estimate:
-    """output_bytes is the sum of all tensors, files the size of each weight file; seconds are for this machine."""
+    """output_bytes is the sum of all tensors, files the size of each weight file; seconds are for this machine.
+
+    allocated: the bits of how many matrices are allocated later; then bits and output_bytes are upper bounds, and files are those
+    of the plan of equal bits.
+    """
 
     weights: int
+    allocated: int
     bits_per_weight: float
     parameters: int
     bits_per_parameter: float
@@ -38,19 +51,24 @@ class Estimate:
 
 
 def estimate(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> Estimate:
-    """Size and bits are exact; memory is an upper estimate; time follows a measured matrix product of a tenth of a second."""
+    """Size and bits are exact with uniform bits, upper bounds where they are allocated; memory is an upper estimate; time follows
+    a measured matrix product of a tenth of a second.
+    """
     device = usable_device(recipe.device)
     view = checkpoint.view
     compressed = {f"{p.name}.weight": p for p in plans if p.format}
     sizes = {name: prod(view.shape(name)) for name in view.names()}
-    bits = sum(p.format.stored_bits() for p in compressed.values() if p.format)
+    shared = {p.name for p in taking_part(plans, recipe)}
+    bits = sum(p.format.stored_bits() for p in compressed.values() if p.format and p.name not in shared)
+    bits += sum(floor(recipe.bits * prod(p.shape)) for p in plans if p.name in shared)
     weights = sum(p.shape[0] * p.shape[1] for p in compressed.values())
     dense = sum(size * checkpoint.stored_dtype(name).itemsize for name, size in sizes.items() if name not in compressed)
-    output = bits // 8 + dense
+    output = bits // 8 + dense  # every tensor takes whole bytes
     parameters = sum(sizes.values())
     memory, disk = _memory(checkpoint, plans, recipe)
     return Estimate(
         weights=weights,
+        allocated=len(shared),
         bits_per_weight=bits / weights,
         parameters=parameters,
         bits_per_parameter=8 * output / parameters,
@@ -79,23 +97,52 @@ def weight_files(checkpoint: Checkpoint, plans: list[LayerPlan]) -> dict[str, in
 
 
 def flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
-    """Operations of the matrix products: calibration passes, factorization, certificates; and of the grids' encoders."""
+    """Operations of the matrix products (allocation, calibration, factorization, certificates) and of the grids' encoders."""
     calibrated = recipe.dataset != "none"
     tokens = recipe.nsamples * recipe.seqlen if calibrated else 0
-    total = 0.0
+    total = _allocation_flops(checkpoint, plans, recipe)
     for p in plans:
         if p.format is None:
             continue
         n, d = p.shape
-        r, small = p.format.rank, min(n, d)
-        tried = len(exchanges(p.shape, p.asked))
-        rounds = 2 * tried - 1 if tried > 1 else 2 if p.format.q_bits and r else 1
-        products = 2 + 2 * recipe.power_iterations + 4 * (recipe.alternations + 1)
-        total += rounds * 2.0 * n * d * r * products + (4.0 * n * d * d if calibrated else 0.0)
-        total += 2.0 * n * d * small + 10.0 * small**3 + 2.0 * n * d * r  # spectrum and certificates
-        total += rounds * n * d * ENCODER.get(p.format.q_grid, 0.0)
-        total += tokens * (2 * 2.0 * n * d + 2.0 * d * d)  # through the dense and the compressed block; the moments
+        small = min(n, d)
+        for tried in exchanges(p.shape, p.asked):
+            r, rounds = tried.rank or 0, 2 if tried.rank and tried.q else 1
+            products = 2 + 2 * recipe.power_iterations + 4 * (recipe.alternations + 1)
+            products *= ITERATIONS if tried.method == "double_binary" else 1
+            total += rounds * 2.0 * n * d * r * products + (4.0 * n * d * d if calibrated else 0.0)
+            total += rounds * n * d * ENCODER.get(tried.q.grid if tried.q else "", 0.0)
+        total += 2.0 * n * d * small + 10.0 * small**3 + 2.0 * n * d * p.format.rank  # spectrum and certificates
+        # through the compressed block, and about twice through the one at work, from stage to stage; the moments
+        total += tokens * (3 * 2.0 * n * d + 2.0 * d * d)
     return total
+
+
+def _allocation_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
+    """Of `stream.allocation`: the passes of `sensitivity.measure` with their second moments, and the curves."""
+    chosen = taking_part(plans, recipe)
+    if not chosen:
+        return 0.0
+    total = 0.0
+    for p in chosen:
+        n, d = p.shape
+        total += len(MEASURED) * min(n, CURVE_ROWS) * d * ENCODER.get(p.format.q_grid if p.format else "", 2.0 * d)
+    if recipe.dataset == "none":
+        return total
+    tokens = min(recipe.nsamples, ROWS) * recipe.seqlen
+    head = _vocabulary(checkpoint) * _hidden(checkpoint)
+    inner = sum(prod(p.shape) for p in plans)
+    total += 4 * tokens * 2.0 * (inner + head)  # forward, forward again with a graph, and back
+    # second moments; their factors and rotations
+    return total + sum(2 * 2.0 * tokens * p.shape[1] ** 2 + 6.0 * p.shape[1] ** 3 for p in chosen)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int:
+    return getattr(checkpoint.config.get_text_config(), "vocab_size", 0)
+
+
+def _hidden(checkpoint: Checkpoint) -> int:
+    return getattr(checkpoint.config.get_text_config(), "hidden_size", 0) or 0
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -122,10 +169,36 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     if recipe.dataset == "none":
         return LIBRARIES + max(matrix, outside), 0
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
-    widths = {p.shape[1] for p in plans if p.block == 0}
-    hessians = 4 * sum(w * w for w in widths) * 3
-    hidden = getattr(checkpoint.config.get_text_config(), "hidden_size", d)
+    hessians = 3 * _moments_bytes(checkpoint, plans, weighted=False)
+    hidden = _hidden(checkpoint) or d
     activations = 4 * recipe.nsamples * recipe.seqlen * hidden
     passing = 4 * TOKENS_AT_ONCE * 8 * max(max(p.shape) for p in plans)
     kept = activations if activations <= ACTIVATION_LIMIT else 0
-    return LIBRARIES + max(block + hessians + passing, hessians + matrix, outside) + kept, activations - kept
+    most, on_disk = max(block + hessians + passing, hessians + matrix, outside) + kept, activations - kept
+    if taking_part(plans, recipe):
+        moments = sum(_moments_bytes(checkpoint, plans, weighted) for weighted in (False, True))
+        measuring, files = _sensitivity_memory(checkpoint, recipe, moments + max(block + 2 * passing, matrix))
+        most, on_disk = max(most, measuring), max(on_disk, files)
+    return LIBRARIES + most, on_disk
+
+
+def _moments_bytes(checkpoint: Checkpoint, plans: list[LayerPlan], weighted: bool) -> int:
+    """Second moments of a block's inputs: of each distinct width once, or weighted by the gradients of every matrix."""
+    most = 0
+    for i in range(len(checkpoint.stack)):
+        widths = [p.shape[1] for p in plans if p.block == i and p.format]
+        most = max(most, sum(w * w for w in (widths if weighted else set(widths))))
+    return 4 * most
+
+
+def _sensitivity_memory(checkpoint: Checkpoint, recipe: Recipe, work: int) -> tuple[int, int]:
+    """Peak bytes of `sensitivity.measure` and the curves, and bytes of activations on disk: those of every block are kept.
+
+    work: bytes of one block and its second moments at work.  The graph of a batch holds what passes, its gradients as much again.
+    """
+    count = len(checkpoint.stack)
+    states = 4 * min(recipe.nsamples, ROWS) * recipe.seqlen * _hidden(checkpoint)
+    kept = states * ((states <= ACTIVATION_LIMIT) + count * (states <= ACTIVATION_LIMIT // count))
+    outside = 4 * sum(prod(checkpoint.view.shape(name)) for name in checkpoint.other_tensors())
+    head = outside + 4 * 5 * recipe.seqlen * _vocabulary(checkpoint)  # scores, probabilities and gradients of one row
+    return kept + max(work, head), states * (1 + count) - kept

@@ -121,6 +121,42 @@ def test_page_tells_the_numbers(tmp_path: Path) -> None:
     assert "not finished" not in page.text
 
 
+def allocated_run() -> list[Any]:
+    """The full run, its q_proj of more bits than its k_proj."""
+    run, *layers, dense, done = full_run()
+    layers = [r.model_copy(update={"bits": r.bits * (1 + b)}) if r.name.endswith("q_proj") else r for b, r in enumerate(layers)]
+    line = {
+        "kind": "allocation", "unit": "nats a token", "predicted": 0.123456, "slope": 1e-9,
+        "layers": {r.name: {"bits": r.bits, "curve": [[r.bits, 0.02]]} for r in layers},
+    }  # fmt: skip
+    return [run, line, *layers, dense, done]
+
+
+def test_page_tells_what_was_allocated(tmp_path: Path) -> None:
+    html, page = page_of(tmp_path, allocated_run())
+    assert "Total predicted loss: 0.1235 nats a token" in page.text
+    # q_proj of 2, 6 and 10 bits, k_proj of 2
+    assert "q_proj 3 6 2 10" in page.text and "k_proj 3 2 2 2" in page.text and "down_proj 1" not in page.text
+    assert page.all("figure") and all(th.get("scope") in ("col", "row") for th in page.all("th"))
+    (tmp_path / "other").mkdir()
+    plain, page = page_of(tmp_path / "other", full_run())
+    assert "predicted" not in page.text and 'id="allocation"' not in plain
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        {"layers": []},
+        {"layers": {}, "predicted": None},
+        {"layers": {HOSTILE[0]: {}}, "unit": HOSTILE[0], "predicted": HOSTILE[1]},
+    ],
+)
+def test_odd_allocations_are_shown(tmp_path: Path, line: dict[str, Any]) -> None:
+    html, page = page_of(tmp_path, [{"kind": "run"}, {"kind": "allocation", **line}, record(HOSTILE[0])])
+    assert len(page.all("script")) == 1 and not page.all("img") and HOSTILE[0] not in html
+
+
 def test_page_needs_nothing_else(tmp_path: Path) -> None:
     html, page = page_of(tmp_path, full_run(), heldout=EVALUATION)
     assert set(re.findall(r"https?://[^\"' ]+", html)) <= {

@@ -1,4 +1,4 @@
-"""What a dry run promises is what the run makes, to the byte; and it touches nothing."""
+"""What a dry run promises is what the run makes, to the byte, or no more where bits are allocated; and it touches nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import pico
 import pytest
 import torch
 
@@ -13,9 +14,10 @@ from lplr import records
 from lplr.errors import RecipeError
 from lplr.factor import Format
 from lplr.recipe import make_recipe
+from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.checkpoint import open_checkpoint, plan_layers
 from lplr.stream.compress import compress
-from lplr.stream.estimate import estimate
+from lplr.stream.estimate import estimate, flops
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {}, {"bits": 1.5}),
@@ -29,7 +31,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("architecture, made, chosen", CASES)
 def test_the_plan_is_what_is_done(architecture: str, made: dict[str, Any], chosen: dict[str, Any], tmp_path: Path):
     source = checkpoints.write(tmp_path / "base", architecture, **made)
-    recipe = make_recipe({"model": str(source), "dataset": "none", "alternations": 0, **chosen})
+    recipe = make_recipe({"model": str(source), "dataset": "none", "alternations": 0, "allocation": "uniform", **chosen})
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     checkpoint = open_checkpoint(recipe.model)
     plans = plan_layers(checkpoint, recipe)
@@ -46,7 +48,53 @@ def test_the_plan_is_what_is_done(architecture: str, made: dict[str, Any], chose
     assert promised.bits_per_parameter == done["bits_per_parameter"] and promised.output_bytes == done["bytes"]
     assert promised.files == {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")}
     assert promised.source_bytes > promised.output_bytes and promised.seconds > 0
-    assert promised.memory_bytes > 4 * max(p.shape[0] * p.shape[1] for p in plans)
+    assert promised.memory_bytes > 4 * max(p.shape[0] * p.shape[1] for p in plans) and promised.allocated == 0
+
+
+@pytest.mark.parametrize("architecture, made, chosen", CASES)
+def test_where_bits_are_allocated_it_promises_no_less_than_is_made(
+    architecture: str, made: dict[str, Any], chosen: dict[str, Any], tmp_path: Path
+):
+    source = checkpoints.write(tmp_path / "base", architecture, **made)
+    recipe = make_recipe({"model": str(source), "dataset": "none", "alternations": 0, **chosen})
+    checkpoint = open_checkpoint(recipe.model)
+    plans = plan_layers(checkpoint, recipe)
+    promised, shared = estimate(checkpoint, plans, recipe), taking_part(plans, recipe)
+    compress(recipe, tmp_path / "out")
+    done = records.read(tmp_path / "out/run.jsonl")[-1]
+    assert promised.allocated == len(shared) and (not shared) == (chosen.get("method") == "lplr")
+    assert promised.weights == done["weights"]
+    # a matrix takes whole bytes a column, and the last one allocated is cut off there
+    assert 0.97 * promised.bits_per_weight < done["bits_per_weight"] <= promised.bits_per_weight
+    assert done["bytes"] <= promised.output_bytes and done["bits_per_parameter"] <= promised.bits_per_parameter
+    assert set(promised.files) == {p.name for p in (tmp_path / "out").glob("*.safetensors")}
+
+
+def planned(source: Path, **changes: Any) -> Any:
+    recipe = make_recipe({"model": str(source), "bits": 4, **changes})
+    checkpoint = open_checkpoint(str(source))
+    plans = plan_layers(checkpoint, recipe)
+    return checkpoint, plans, recipe
+
+
+def test_the_allocation_takes_time_and_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = checkpoints.write(tmp_path / "base", "llama")
+    uniform, given = (planned(source, allocation=a, nsamples=2 * ROWS, seqlen=64) for a in ("uniform", "sensitivity"))
+    tokens = ROWS * 64
+    weights = sum(p.shape[0] * p.shape[1] for p in given[1])
+    passes = 4 * tokens * 2 * (weights + pico.VOCAB * pico.HIDDEN)
+    moments = sum(4 * tokens * p.shape[1] ** 2 + 6 * p.shape[1] ** 3 for p in given[1])
+    curves = 3 * 3e4 * weights  # no matrix has more than 64 rows
+    assert flops(*given) - flops(*uniform) == pytest.approx(passes + moments + curves)
+    free = planned(source, dataset="none"), planned(source, dataset="none", allocation="uniform")
+    assert flops(*free[0]) - flops(*free[1]) == pytest.approx(curves)
+    assert estimate(*free[0]).disk_bytes == 0
+    states = 4 * tokens * pico.HIDDEN
+    # all in memory; each block's inputs on disk; the running ones, and those of the calibration (twice the rows), too
+    for limit, disk in ((3 * states, 0), (2 * states, 3 * states), (states - 1, 4 * states)):
+        monkeypatch.setattr("lplr.stream.estimate.ACTIVATION_LIMIT", limit)
+        assert estimate(*given).disk_bytes == max(disk, 2 * states if 2 * states > limit else 0)
+    assert estimate(*given).memory_bytes >= estimate(*uniform).memory_bytes
 
 
 def test_long_calibration_goes_to_the_disk(tmp_path: Path):
@@ -54,7 +102,7 @@ def test_long_calibration_goes_to_the_disk(tmp_path: Path):
     checkpoint = open_checkpoint(str(source))
     found = []
     for samples in (8, 200_000):
-        recipe = make_recipe({"model": str(source), "nsamples": samples, "seqlen": 64, "bits": 4})
+        recipe = make_recipe({"model": str(source), "nsamples": samples, "seqlen": 64, "bits": 4, "allocation": "uniform"})
         found.append(estimate(checkpoint, plan_layers(checkpoint, recipe), recipe))
     assert found[0].disk_bytes == 0 and found[1].disk_bytes == 4 * 200_000 * 64 * 24
     assert found[1].memory_bytes <= found[0].memory_bytes and found[1].seconds > found[0].seconds
