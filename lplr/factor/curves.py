@@ -1,11 +1,13 @@
 """What a matrix loses at each width of its grid: a measured error-per-bit curve, for `factor.allocate`.
 
-A backbone rounded with feedback is rounded row for row alike once it stands in rotated bases, so a few rows of the rotated matrix tell
-the error of all of them:
+A backbone rounded with feedback is rounded row for row alike once it stands in rotated bases, so a few rows of the rotated matrix
+tell the error of all of them:
 
     e(b) = tr(E_b M E_b^T)  ~  tr(A M A^T) tr(e_b M e_b^T) / tr(a M a^T),     a the first ROWS rows of A = P^T W O
 
-The rounding feeds back in the metric H that the compression will use; M, what the loss minds, may be another (`stream.sensitivity`).
+The rounding feeds back in the metric H that the compression will use; M, what the loss minds, may be another
+(`stream.sensitivity`).
+
 Widths in between those that are rounded lie on the line through their neighbours in log e against bits, which is straight for
 every grid of constant gain.  The first and last line go on beyond their ends.
 """

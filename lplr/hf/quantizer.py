@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUANT_METHOD = "lplr"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: grids, half-integer widths, rotation of the outputs (1 is read)
 _AGAIN = "copy the folder again or compress the model again"
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # name -> (shape, dtype as safetensors writes it)

@@ -5,9 +5,9 @@ With calibration a matrix's curve is s_i tr(E M_i E^T), the divergence in nats a
 take part: those of the methods in `factor.curves.CURVED` whose bits no rule sets.  What was decided stands in run.jsonl before
 the first block, and a resumed run goes by it.
 
-The prediction is of second order, so it holds near the original model only: no matrix gets less than the next width that is
-SPREAD below the budget (on SmolLM2-135M at 2 bits the first block's attention, four matrices of next to no predicted loss
-each, cost 0.3 nats when all were given half a bit).
+The prediction is of second order and holds near the original model only, so no matrix falls far below the budget (`least_bits`): on
+SmolLM2-135M at 2 bits the first block's attention, four matrices of next to no predicted loss each, cost 0.3 nats when all
+were given half a bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from lplr.stream.sensitivity import Measured, Say, measure
 
 KIND = "allocation"
 ROWS = 32  # calibration rows that losses and curves are measured on
-SPREAD = 0.5  # bits
+NEAR, FAR, COARSE = 0.5, 1.0, 1.5  # bits a matrix may fall below the budget: where it then has less than COARSE bits, and else
+PADDING = 0.1  # bits a weight that the scale and the last bytes of the columns take at most, of a width that counts as reached
 
 
 def taking_part(plans: list[LayerPlan], recipe: Recipe) -> list[LayerPlan]:
@@ -66,23 +67,24 @@ def allocation(
         square = float(W.double().square().sum())
         weight = m.weight if rows is not None else 1 / square if square else 0.0
         curve = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M)]
-        curves[name] = _admitted(curve, (recipe.bits - SPREAD) * W.numel(), m.plan.dense_bits)
+        curves[name] = _admitted(curve, least_bits(recipe.bits) * W.numel(), m.plan.dense_bits)
     budget = sum(floor(recipe.bits * prod(p.shape)) for p in plans)
     if budget < sum(curve[0][0] for curve in curves.values()):
         curves = {}  # only columns of no bits make the plans fit: every matrix keeps its own
     found = allocate(curves, budget)
-    return {
-        "kind": KIND,
-        "unit": "relative squared error" if rows is None else "nats a token",
-        "predicted": found.error,
-        "slope": found.slope,
-        "layers": {p.name: {"bits": found.bits[p.name], "curve": [list(point) for point in curves[p.name]]} for p in plans if curves},
-    }
+    layers = {name: {"bits": found.bits[name], "curve": [list(point) for point in curves[name]]} for name in sorted(curves)}
+    unit = "relative squared error" if rows is None else "nats a token"
+    return {"kind": KIND, "unit": unit, "predicted": found.error, "slope": found.slope, "layers": layers}
 
 
-def _admitted(curve: list[Point], floor_bits: float, dense_bits: int) -> list[Point]:
-    """The points from the last one at or below the floor on, as far as they are smaller than the dense matrix."""
-    start = max((i for i, (bits, _) in enumerate(curve) if bits <= floor_bits), default=0)
+def least_bits(budget: float) -> float:
+    """The width below which no matrix falls, but for the next width of its grid."""
+    return min(budget - NEAR, max(budget - FAR, COARSE)) + PADDING
+
+
+def _admitted(curve: list[Point], least: float, dense_bits: int) -> list[Point]:
+    """The points from the last one of at most `least` bits on, as far as they are smaller than the dense matrix."""
+    start = max((i for i, (bits, _) in enumerate(curve) if bits <= least), default=0)
     return [point for point in curve[start:] if point[0] < dense_bits] or curve[start : start + 1]
 
 

@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _FIRST = ("recipe", "source", "files", "calibration")  # what the user set, before what follows from it
 
 

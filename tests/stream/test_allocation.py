@@ -13,7 +13,7 @@ from runs import calibrated, fingerprints, run, settings, timeless
 from lplr import records
 from lplr.recipe import make_recipe
 from lplr.records import LayerRecord
-from lplr.stream.allocation import KIND, taking_part
+from lplr.stream.allocation import KIND, least_bits, taking_part
 from lplr.stream.checkpoint import open_checkpoint, plan_layers
 from lplr.stream.verify import verify
 
@@ -218,3 +218,8 @@ def test_a_rule_that_names_the_bits_of_the_recipe_keeps_its_matrices_at_them(tmp
     chosen = make_recipe({"model": str(source), "bits": 2, "rules": [{"match": "*.v_proj", "bits": 2}]})
     names = {p.name for p in taking_part(plan_layers(open_checkpoint(str(source)), chosen), chosen)}
     assert names and not any(name.endswith("v_proj") for name in names)
+
+
+@pytest.mark.parametrize("budget, least", [(0.75, 0.25), (1, 0.5), (1.5, 1.0), (2, 1.5), (2.25, 1.5), (3, 2), (4, 3)])
+def test_no_matrix_falls_far_below_the_budget(budget: float, least: float):
+    assert least < least_bits(budget) < least + 0.5  # the next width of the trellis is half a bit wider
