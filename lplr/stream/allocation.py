@@ -5,9 +5,9 @@ With calibration a matrix's curve is s_i tr(E M_i E^T), the divergence in nats a
 take part: those of the methods in `factor.curves.CURVED` whose bits no rule sets.  What was decided stands in run.jsonl before
 the first block, and a resumed run goes by it.
 
-The prediction is of second order and holds near the original model only, so no matrix falls far below the budget (`least_bits`): on
-SmolLM2-135M at 2 bits the first block's attention, four matrices of next to no predicted loss each, cost 0.3 nats when all
-were given half a bit.
+The prediction is of second order and holds near the original model only, so no matrix falls far below the budget (`least_bits`):
+on SmolLM2-135M at 2 bits the first block's attention, four matrices of next to no predicted loss each, cost 0.3 nats when
+all were given half a bit.
 """
 
 from __future__ import annotations
