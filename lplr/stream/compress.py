@@ -25,6 +25,7 @@ import lplr
 from lplr import records
 from lplr.errors import CheckpointError
 from lplr.factor import Factorization, Format, certify, factorize
+from lplr.factor.rank import made_by
 from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
 from lplr.linalg.hessian import Hessian
@@ -248,10 +249,10 @@ class _Run:
         started = time.perf_counter()
         W = computable(self.checkpoint, f"{p.name}.weight", self.device)
         W = W.T.contiguous() if p.transposed else W
-        common = {"name": p.name, "block": p.block, "shape": p.shape, "method": p.spec.method}
+        common = {"name": p.name, "block": p.block, "shape": p.shape}
         if p.format is None:
-            norm = float(torch.linalg.vector_norm(W.double()))
-            return None, {}, LayerRecord(**common, stored="dense", bits=p.dense_bits, norm=norm, note=p.reason)
+            norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
+            return None, {}, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason)
         generator = seeded(self.recipe.seed, p.name, self.device)
         f = factorize(W, p.asked, H=H, generator=generator)
         most = p.format.stored_bits()
@@ -267,6 +268,7 @@ class _Run:
         fmt = f.format
         record = LayerRecord(
             **common,
+            method=made_by(p.shape, p.asked, fmt),
             rank=fmt.rank,
             l_bits=fmt.l_bits,
             r_bits=fmt.r_bits,
