@@ -32,7 +32,7 @@ from lplr.stream.sensitivity import Measured, Say, measure
 
 KIND = "allocation"
 ROWS = 32  # calibration rows that losses and curves are measured on
-NEAR, FAR, COARSE = 0.5, 1.0, 1.5  # bits a matrix may fall below the budget: where it then has less than COARSE bits, and else
+SPREAD = 0.5  # bits that a matrix may fall below the budget
 PADDING = 0.1  # bits a weight that the scale and the last bytes of the columns take at most, of a width that counts as reached
 
 
@@ -79,7 +79,7 @@ def allocation(
 
 def least_bits(budget: float) -> float:
     """The width below which no matrix falls, but for the next width of its grid."""
-    return min(budget - NEAR, max(budget - FAR, COARSE)) + PADDING
+    return budget - SPREAD + PADDING
 
 
 def _admitted(curve: list[Point], least: float, dense_bits: int) -> list[Point]:
