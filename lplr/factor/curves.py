@@ -8,6 +8,8 @@ tell the error of all of them:
 The rounding feeds back in the metric H that the compression will use; M, what the loss minds, may be another
 (`stream.sensitivity`).
 
+Feedback along the columns (`quant.ldlq`, G) leaves the same share of it at every width (`gain_along_columns`).
+
 Widths in between those that are rounded lie on the line through their neighbours in log e against bits, which is straight for
 every grid of constant gain.  The first and last line go on beyond their ends.
 """
@@ -22,8 +24,8 @@ from torch import Tensor
 from lplr.factor.allocate import Point
 from lplr.factor.bounds import metric_factor
 from lplr.factor.factorization import rotated
-from lplr.factor.rank import layout, plan
-from lplr.quant.ldlq import ldlq
+from lplr.factor.rank import WEIGH_OUTPUTS, layout, plan
+from lplr.quant.ldlq import gain_along_columns, ldlq
 from lplr.recipe import WIDTHS, FactorSpec
 
 ROWS = 64  # of the rotated matrix that are rounded
@@ -31,9 +33,11 @@ MEASURED = (1.0, 2.0, 4.0)  # widths at which they are
 CURVED = ("ldlq", "caldera")  # methods that start from a backbone
 
 
-def error_curve(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, M: Tensor | None = None) -> list[Point]:
+def error_curve(
+    W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, M: Tensor | None = None, G: Tensor | None = None
+) -> list[Point]:
     """(stored bits, tr(E M E^T)) at every width of the backbone's grid; H, M (d x d) as collected, identities if not given, M = H
-    if only H is.
+    if only H is; G (n x n) what the outputs' errors weigh, its mean diagonal counting as 1.
 
     spec is planned at its budget for its grid; its method is one of CURVED.  O(ROWS d^2) for each width that is rounded, and d^3.
     """
@@ -53,6 +57,8 @@ def error_curve(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, M: Tens
     sample = A[:ROWS] / size
     whole, part = (_square(X, metric) for X in (A / size, sample))
     scale = size**2 * whole / (part or 1.0)
+    if G is not None and grid == "trellis" and planned.method in WEIGH_OUTPUTS:
+        scale *= gain_along_columns(rotated(G.to(A.dtype), *2 * (planned.output_rotation or 0,)))
     axis = "tensor" if planned.q.ranges == "tensor" else "row"
     measured = []
     for bits in WIDTHS[grid] if len(WIDTHS[grid]) < 4 else MEASURED:

@@ -18,7 +18,7 @@ from lplr.factor.feedback import lplr_feedback
 from lplr.factor.ldlq import ldlq
 from lplr.factor.lplr import lplr
 from lplr.factor.naive import naive
-from lplr.factor.rank import exchanges
+from lplr.factor.rank import WEIGH_OUTPUTS, exchanges
 from lplr.factor.svd import direct_svd, lplr_svd
 from lplr.quant.qtensor import QTensor, round_scale
 from lplr.recipe import FactorSpec
@@ -26,7 +26,7 @@ from lplr.recipe import FactorSpec
 SAFE = 2.0**-20, 2.0**20  # largest magnitudes whose squares and sums stay within float32
 
 # (A, planned spec, C or None, generator) -> Factorization; H = C C^T is the metric
-METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator], Factorization]] = {
+METHODS: dict[str, Callable[..., Factorization]] = {
     "lplr": lplr,
     "lplr_svd": lplr_svd,
     "direct_svd": direct_svd,
@@ -38,8 +38,11 @@ METHODS: dict[str, Callable[[Tensor, FactorSpec, Tensor | None, torch.Generator]
 }
 
 
-def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator: torch.Generator) -> Factorization:
-    """W (n x d) ~ Q + L R: minimise ||W - Q - L R||_F, or tr(E H E^T) where H (d x d) = E[x x^T] is given.
+def factorize(
+    W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, G: Tensor | None = None, generator: torch.Generator
+) -> Factorization:
+    """W (n x d) ~ Q + L R: minimise ||W - Q - L R||_F, or tr(E H E^T) where H (d x d) = E[x x^T] is given, or tr(G E H E^T)
+    with G (n x n) = E[g g^T], g what the loss minds of the outputs; the methods outside of WEIGH_OUTPUTS leave G out.
 
     The spec is completed by `plan`; where it leaves the method open, or how bits are shared between Q and L R, the plan of
     `exchanges` with the least error is taken, each tried in the bases that it asks for, the first one of several that are equal.
@@ -65,29 +68,34 @@ def factorize(W: Tensor, spec: FactorSpec, *, H: Tensor | None = None, generator
         )
     A = W if W.dtype == torch.float64 else W.float()
     unit = 1.0 if SAFE[0] <= largest <= SAFE[1] or largest == 0 else 2.0 ** math.frexp(largest)[1]
-    return _rescale(_best(A / unit if unit != 1.0 else A, plans, H, generator), unit)
+    return _rescale(_best(A / unit if unit != 1.0 else A, plans, H, G, generator), unit)
 
 
-def _best(A: Tensor, plans: list[FactorSpec], H: Tensor | None, generator: torch.Generator) -> Factorization:
-    """The factorization of least error in the metric, which no rotation changes; the first where nothing is better."""
+def _best(
+    A: Tensor, plans: list[FactorSpec], H: Tensor | None, G: Tensor | None, generator: torch.Generator
+) -> Factorization:
+    """The factorization of least error in the metrics, which no rotation changes; the first where nothing is better."""
     best, least = None, math.inf
-    bases, B, C = None, A, None  # A and the factor of H in the bases of the plan before
+    bases, B, C, S = None, A, None, None  # A, the factor of H and G in the bases of the plan before
     for planned in plans:
         wanted = planned.rotation or 0, planned.output_rotation or 0
         if wanted != bases:
             bases, B, C = wanted, rotated(A, *wanted), None if H is None else metric_factor(H.to(A.dtype), wanted[0])
-        f = METHODS[planned.method](B, planned, C, generator)
-        error = _error(B, f, C) if len(plans) > 1 else 0.0
+            S = None if G is None else rotated(G.to(A.dtype), wanted[1], wanted[1])
+        extra = {"G": S} if planned.method in WEIGH_OUTPUTS else {}
+        f = METHODS[planned.method](B, planned, C, generator, **extra)
+        error = _error(B, f, C, S) if len(plans) > 1 else 0.0
         if best is None or error < least:
             best, least = replace(f, rotation=wanted[0], output_rotation=wanted[1]), error
     assert best is not None
     return best
 
 
-def _error(A: Tensor, f: Factorization, C: Tensor | None) -> float:
-    """||(A - Q - L R) C||_F."""
+def _error(A: Tensor, f: Factorization, C: Tensor | None, G: Tensor | None) -> float:
+    """tr(G E C C^T E^T) with E = A - Q - L R."""
     E = A - f.dequantize(A.dtype)
-    return float(torch.linalg.vector_norm(E if C is None else E @ C))
+    E = E if C is None else E @ C
+    return float(torch.linalg.vecdot(E, E if G is None else G @ E).double().sum())
 
 
 def _rescale(f: Factorization, unit: float) -> Factorization:

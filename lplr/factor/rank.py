@@ -27,6 +27,7 @@ ROTATION = 1  # seed of the rotation of the inputs: one for all, so that layers 
 OUTPUT_ROTATION = 2  # seed of the rotation of the outputs: it makes rows alike, so that one scale serves all of them
 ROTATED = ("ldlq", "caldera")
 BACKBONE = ("ldlq", "naive")
+WEIGH_OUTPUTS = ("ldlq",)  # methods that take what the loss minds of the outputs into account
 # bits by which the trellis of a width is ahead of the uniform grid at 2 bits of a normal variable (eval/results/grids.json)
 TRELLIS_GAIN = 0.4
 EXCHANGED = (1 / 16, 1 / 8)  # shares of the budget that CALDERA tries to give to L R instead of Q (a compromise with time)

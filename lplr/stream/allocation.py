@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import groupby
 from math import floor, nextafter, prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lplr.factor import layout, plan
 from lplr.factor.allocate import Point, allocate
 from lplr.factor.curves import CURVED, error_curve
 from lplr.recipe import Recipe
+from lplr.stream import gradients
 from lplr.stream.calibrate import computable
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
 from lplr.stream.sensitivity import Measured, Say, measure
@@ -54,27 +56,36 @@ def allocation(
     generator: torch.Generator,
     say: Say,
 ) -> dict[str, Any]:
-    """The line of run.jsonl: for each matrix its curve (stored bits, predicted loss) and the bits that it is given.
+    """The line of run.jsonl: for each matrix its curve (stored bits, predicted loss) and the bits that it is given, and the
+    checksums of the files of `gradients` by block.
 
     tokens (rows, seqlen), None without calibration.  Not for inference mode.
     """
     rows = None if tokens is None else tokens[:ROWS]
     curves: dict[str, list[Point]] = {}
-    for m in _measured(checkpoint, plans, rows, folder, device, generator, say):
-        name = m.plan.name
-        W = computable(checkpoint, f"{name}.weight", device)
-        W = W.T.contiguous() if m.plan.transposed else W
-        square = float(W.double().square().sum())
-        weight = m.weight if rows is not None else 1 / square if square else 0.0
-        curve = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M)]
-        curves[name] = _admitted(curve, least_bits(recipe.bits) * W.numel(), m.plan.dense_bits)
+    files: dict[str, str] = {}
+    for block, matrices in groupby(_measured(checkpoint, plans, rows, folder, device, generator, say), lambda m: m.plan.block):
+        moments: dict[str, Tensor] = {}
+        for m in matrices:
+            name = m.plan.name
+            W = computable(checkpoint, f"{name}.weight", device)
+            W = W.T.contiguous() if m.plan.transposed else W
+            square = float(W.double().square().sum())
+            weight = m.weight if rows is not None else 1 / square if square else 0.0
+            curve = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M, G=m.G)]
+            curves[name] = _admitted(curve, least_bits(recipe.bits) * W.numel(), m.plan.dense_bits)
+            if m.G is not None:
+                moments[name] = m.G
+        if moments:
+            files[str(block)] = gradients.keep(folder, block, moments)
     budget = sum(floor(recipe.bits * prod(p.shape)) for p in plans)
     if budget < sum(curve[0][0] for curve in curves.values()):
         curves = {}  # only columns of no bits make the plans fit: every matrix keeps its own
     found = allocate(curves, budget)
     layers = {name: {"bits": found.bits[name], "curve": [list(point) for point in curves[name]]} for name in sorted(curves)}
     unit = "relative squared error" if rows is None else "nats a token"
-    return {"kind": KIND, "unit": unit, "predicted": found.error, "slope": found.slope, "layers": layers}
+    line = {"kind": KIND, "unit": unit, "predicted": found.error, "slope": found.slope, "layers": layers}
+    return {**line, "gradients": files} if files else line
 
 
 def least_bits(budget: float) -> float:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import lplr
 from lplr import records
-from lplr.errors import CheckpointError
+from lplr.errors import CheckpointError, OutputError
 from lplr.factor import Factorization, Format, certify, factorize
 from lplr.factor.rank import made_by
 from lplr.hf.export import tokenizer_files
@@ -32,6 +32,7 @@ from lplr.linalg.hessian import Hessian
 from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
+from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, collect, computable, embed, stages
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
@@ -114,6 +115,7 @@ class _Run:
     files: dict[str, bytes] = field(repr=False)  # tokenizer and generation settings, copied from the source
     ledger: Ledger
     device: torch.device
+    moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
     def open(cls, recipe: Recipe, folder: Path, *, resume: bool, notify: Notify) -> _Run:
@@ -152,19 +154,34 @@ class _Run:
         return self.ledger.folder / shard_name(index, self.shards)
 
     def allocate(self, meter: _Meter) -> None:
-        """Give every matrix its bits: as run.jsonl has it, or measured now and noted there."""
+        """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.
+
+        Files of gradients that are lost are measured again; OutputError when that gives other bits.
+        """
         chosen = taking_part(self.plans, self.recipe)
         if not chosen:
             return
-        line = next((entry for entry in self.ledger.entries if entry["kind"] == KIND), None)
-        if line is None:
+        known = next((entry for entry in self.ledger.entries if entry["kind"] == KIND), None)
+        line = known
+        if line is None or not self._has_moments(line):
             generator = seeded(self.recipe.seed, KIND, self.device)
             where = self.ledger.folder, self.device
             say = meter.ahead(MEASURING)
             line = allocation(self.checkpoint, chosen, self.recipe, self.tokens, *where, generator, say)
             say(1.0, "bits are allocated")
-            self.ledger.append([line])
+            if known is None:
+                self.ledger.append([line])
+            elif line != known:
+                raise OutputError(
+                    f"{self.ledger.folder}: files of the run were lost, and this machine gives other numbers than the one that "
+                    "began it: delete the folder and compress again"
+                )
         self.plans = allocated(self.plans, line)
+        self.moments = line.get("gradients", {})
+
+    def _has_moments(self, line: dict[str, Any]) -> bool:
+        told = line.get("gradients", {}).items()
+        return all(gradients.intact(self.ledger.folder, int(i), sum_) for i, sum_ in told if int(i) not in self.ledger.blocks)
 
     def finish_blocks(self, meter: _Meter) -> None:
         """Compress every block that is not finished yet, then store what lies outside of the blocks."""
@@ -184,6 +201,7 @@ class _Run:
                 if inputs is not None and any(j > i for j in pending):
                     meter.say(f"block {i + 1}: running the calibration text through the compressed block")
                     self._advance(i, inputs, kwargs[i])
+                gradients.drop(self.ledger.folder, i)
                 meter.finish(plans, f"block {i + 1} of {blocks}")
         finally:
             if inputs is not None:
@@ -198,11 +216,14 @@ class _Run:
         ck = self.checkpoint
         made: dict[str, tuple[dict[str, Tensor], LayerRecord]] = {}
         done = 0.0
+        told = self.moments.get(str(index))
+        moments = gradients.kept(self.ledger.folder, index, told) if told else {}
 
         def one(p: LayerPlan, hessian: Hessian | None) -> Factorization | None:
             nonlocal done
             meter.tell(meter.done + done, meter.total, p.name)
-            f, stored, record = self._compress_layer(p, hessian.mean() if hessian is not None else None)
+            H = hessian.mean() if hessian is not None else None
+            f, stored, record = self._compress_layer(p, H, moments.pop(p.name, None))
             made[p.name] = stored, record
             done += _weights([p])
             return f
@@ -243,7 +264,7 @@ class _Run:
         release(block)
 
     def _compress_layer(
-        self, p: LayerPlan, H: Tensor | None
+        self, p: LayerPlan, H: Tensor | None, G: Tensor | None
     ) -> tuple[Factorization | None, dict[str, Tensor], LayerRecord]:
         """One matrix compressed, None if it stays dense; its stored tensors by full name, and its record."""
         started = time.perf_counter()
@@ -254,7 +275,7 @@ class _Run:
             norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
             return None, {}, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason)
         generator = seeded(self.recipe.seed, p.name, self.device)
-        f = factorize(W, p.asked, H=H, generator=generator)
+        f = factorize(W, p.asked, H=H, G=None if G is None else G.to(self.device), generator=generator)
         most = p.format.stored_bits()
         assert f.stored_bits() <= most, f"{p.name}: planned {p.format}, made {f.format}"
         facts = certify(W, f, p.spec, H, generator)

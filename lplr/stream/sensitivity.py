@@ -6,15 +6,16 @@ For y = (W + E) x with small E the model's own predictions move, to second order
 
 nats a token, g_t (n) the gradient at y_t of the text's negative log-likelihood with tokens *drawn from the model itself*, so that
 the mean of g g^T is the Fisher information and no gradient of the loss stands in the way.  The second step takes the error's
-direction as independent of g's, and leaves out what errors at two tokens do together.  The original model is run block by block,
-forward and back, with one block in memory; the inputs of all blocks are kept as `calibrate.Activations`.
+direction as independent of g's, and leaves out what errors at two tokens do together.  G = E_t[g_t g_t^T] (n x n) keeps the
+directions: the rounding minimises tr(G E H E^T), the same expectation with g and x independent.  The original model is run
+block by block, forward and back, with one block in memory; the inputs of all blocks are kept as `calibrate.Activations`.
 Sources: Hassibi, Stork, NeurIPS 1993 (the second-order saliency); Heskes 2000 and Martens, Grosse, ICML 2015 (Fisher information
-of layers, sampled targets); Kim et al., "GuidedQuant", ICML 2025 (M).
+of layers, sampled targets; G (x) H); Kim et al., "GuidedQuant", ICML 2025 (M).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from lplr.hf.skeleton import materialise, release, run_block, run_head
 from lplr.linalg.hessian import Hessian
 from lplr.stream.calibrate import Activations, InputMoments, computable, embed, outside
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
+from lplr.stream.gradients import wanted
 
 Say = Callable[[float, str], None]  # (share of the work that is done, what comes next)
 FORWARD = 0.25  # share of a pass forward in the time of all
@@ -34,12 +36,15 @@ FORWARD = 0.25  # share of a pass forward in the time of all
 
 @dataclass(frozen=True)
 class Measured:
-    """One matrix: the loss in nats a token for one unit of tr(E M E^T); M and H = E[x x^T] (d x d), None where no token came."""
+    """One matrix: the loss in nats a token for one unit of tr(E M E^T); M and H = E[x x^T] (d x d), None where no token came;
+    G = E[g g^T] (n x n) where its rounding uses it.
+    """
 
     plan: LayerPlan
     weight: float
     M: Tensor | None
     H: Tensor | None
+    G: Tensor | None = None
 
 
 def measure(
@@ -77,14 +82,15 @@ def measure(
             chosen = [p for p in plans if p.block == i]
             with _loaded(ck, i, device) as block:
                 layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}
-                plain, weighted = _backward(block, layers, inputs[i], hidden, kwargs[i], device)
+                plain, weighted, outputs = _backward(block, layers, wanted(chosen), inputs[i], hidden, kwargs[i], device)
             inputs[i].close()
             for p in chosen:
                 H, M = (found[p.name].mean() if p.name in found else None for found in (plain, weighted))
                 if H is None or M is None:
                     yield Measured(p, 0.0, None, None)
                 else:
-                    yield Measured(p, weighted[p.name].weight / (2 * p.shape[0] * tokens.numel()), M, H)
+                    G = outputs.pop(p.name).mean() if p.name in outputs else None
+                    yield Measured(p, weighted[p.name].weight / (2 * p.shape[0] * tokens.numel()), M, H, G)
 
 
 @contextmanager
@@ -115,22 +121,33 @@ def _head_gradients(
 def _backward(
     block: nn.Module,
     layers: Mapping[str, nn.Module],
+    directed: Collection[str],
     inputs: Activations,
     gradients: Activations,
     kwargs: Mapping[str, Any],
     device: torch.device,
-) -> tuple[dict[str, Hessian], dict[str, Hessian]]:
-    """Second moments of the layers' inputs for all rows, plain and weighted by the squares of the gradients at their outputs.
+) -> tuple[dict[str, Hessian], dict[str, Hessian], dict[str, Hessian]]:
+    """Second moments of the layers' inputs for all rows, plain and weighted by the squares of the gradients at their outputs,
+    and those of the gradients themselves for the layers named in `directed`.
 
     The gradients move from the block's outputs to its inputs.
     """
     weighted: dict[str, Hessian] = {}
+    outputs: dict[str, Hessian] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             x = given[0].detach()
             weighted.setdefault(name, Hessian(x.shape[-1], x.device))
-            output.register_hook(lambda gradient: weighted[name].add(x, gradient.float().square().sum(-1)))
+            if name in directed:
+                outputs.setdefault(name, Hessian(output.shape[-1], x.device))
+
+            def told(gradient: Tensor) -> None:
+                weighted[name].add(x, gradient.float().square().sum(-1))
+                if name in directed:
+                    outputs[name].add(gradient)
+
+            output.register_hook(told)
 
         return hook
 
@@ -147,4 +164,4 @@ def _backward(
     finally:
         for handle in handles:
             handle.remove()
-    return moments.hessians, weighted
+    return moments.hessians, weighted, outputs

@@ -26,7 +26,7 @@ AGAIN = "copy the folder again, or compress the model again"
 SAME = "give the model that was compressed"
 SLACK = 1e-5  # relative: sums of the same float64 numbers in another order differ by less
 ROUNDING = 1e-12  # of the norm: what is left of that difference where the error itself is next to nothing
-_LATER = (LEDGER, "report.html")  # files that come or change after the `done` line; evaluations and hidden files too
+_LATER = (LEDGER, "report.html", "heads")  # what comes or changes after the `done` line; evaluations and hidden files too
 
 Step = Callable[[float, float, str], None]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lplr.errors import CheckpointError, RecipeError
-from lplr.factor import factorize, measured_error, optimal_error, spectrum
+from lplr.factor import Factorization, factorize, measured_error, optimal_error, spectrum
 from lplr.factor.methods import METHODS
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.recipe import FACTOR_RANGES, LOW_RANK, FactorSpec, QuantSpec
@@ -135,3 +135,38 @@ def test_the_metric_is_what_is_minimised(method: str) -> None:
         return total
 
     assert weighted(H) < 0.9 * weighted(None)
+
+
+@pytest.mark.parametrize("method", ["ldlq", "caldera", "auto", "lplr"])
+def test_output_metric_lowers_the_loss_that_it_weighs_or_is_left_out(method: str) -> None:
+    n, d = 96, 48
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(n, d, generator=g)
+    X, Y = (torch.randn(4 * k, k, generator=g) * torch.logspace(0, -1.5, k) for k in (d, n))
+    Q, _ = torch.linalg.qr(torch.randn(n, n, generator=g))
+    H, G = X.T @ X / len(X), Q @ (Y.T @ Y) @ Q.T / len(Y)
+    spec = FactorSpec(method=method, bits_per_weight=3.0)
+    plain, directed = (factorize(W, spec, H=H, G=given, generator=torch.Generator().manual_seed(0)) for given in (None, G))
+
+    def loss(f: Factorization) -> float:
+        E = (W - f.dequantize()).double()
+        return float(torch.trace(G.double() @ E @ H.double() @ E.T))
+
+    assert directed.stored_bits() == plain.stored_bits() or method == "auto"
+    if method in ("ldlq", "auto"):
+        assert loss(directed) < 0.9 * loss(plain)
+    else:
+        assert torch.equal(directed.dequantize(), plain.dequantize())
+
+
+def test_an_output_metric_that_drives_the_rounding_away_is_left_out() -> None:
+    """Where the error would exceed the matrix itself, in the metric of the certificate."""
+    n, d = 64, 24
+    W = torch.randn(n, d, generator=torch.Generator().manual_seed(2))
+    G = torch.full((n, n), 1.0) + 1e-6 * torch.eye(n)
+    H = torch.full((d, d), 1.0) + 1e-4 * torch.eye(d)
+    for bits in (1.0, 1.5, 2.0):
+        spec = FactorSpec(method="ldlq", bits_per_weight=bits)
+        f = factorize(W, spec, H=H, G=G, generator=torch.Generator().manual_seed(0))
+        E = (W - f.dequantize()).double()
+        assert torch.trace(E @ H.double() @ E.T) <= torch.trace(W.double() @ H.double() @ W.double().T) * (1 + 1e-6)

@@ -113,3 +113,59 @@ def test_codes_of_another_shape_or_type_are_refused(form: Callable[..., torch.Te
         form(torch.zeros(1, 4, dtype=torch.uint8), 2.0, 9)
     with pytest.raises(ValueError, match="float32"):
         form(torch.zeros(1, 2), 2.0, 8)
+
+
+BLOCK = 32
+
+
+def dyadic(m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, trellis.Feedback]:
+    """Sequences and feedback whose products and sums are exact in float32 in any order."""
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(m, n, generator=g) * 64).round() / 64
+    U = torch.eye(n) + (torch.rand(n, n, generator=g) * 8 - 4).round().div(16).triu(1)
+    for a in range(0, n, BLOCK):
+        U[a : a + BLOCK, a : a + BLOCK] = torch.eye(min(BLOCK, n - a))
+    return x, trellis.Feedback(U, 2.0 ** torch.randint(-2, 3, (n,), generator=g).float(), BLOCK)
+
+
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 67, 150])
+def test_feedback_compiled_equals_reference(bits: float, n: int) -> None:
+    x, feedback = dyadic(3, n)
+    codes, values = trellis.encode(x, bits, feedback)
+    expected, points = reference.encode(x, bits, feedback)
+    assert torch.equal(codes, expected) and torch.equal(values, points)
+    assert torch.equal(trellis.decode(codes, bits, n), values)
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.0, 2.0, 3.5])
+def test_no_coupling_is_no_feedback(bits: float) -> None:
+    """With U = I and equal weights, little is lost by deciding a block at a time."""
+    x = torch.randn(20, 200, generator=torch.Generator().manual_seed(2))
+    plain, stepwise = (
+        float((x - trellis.encode(x, bits, f)[1]).square().mean())
+        for f in (None, trellis.Feedback(torch.eye(200), torch.full((200,), 3.0), 64))
+    )
+    assert plain <= stepwise * (1 + 1e-6) and stepwise < 1.05 * plain
+
+
+@pytest.mark.parametrize("bits", [1.0, 1.5, 2.0, 4.0])
+def test_every_block_is_the_best_path_for_what_the_blocks_before_left(bits: float) -> None:
+    """The last block, from the state in which the one before ended, is the encoder's own choice for x + feedback of the rest."""
+    n = 2 * BLOCK
+    x, feedback = dyadic(1, n, seed=4)
+    codes, values = trellis.encode(x, bits, feedback)
+    first = BLOCK
+    wanted = x.clone()
+    wanted[:, first:] += (x - values)[:, :first] @ feedback.U[:first, first:]
+    found = (feedback.weights * (wanted - values).square())[:, first:].sum()
+    # any other ending of the same codes is no better: all values of the last byte or two, and 500 random endings
+    c, per = reference.code(bits), trellis.packed_width(n, bits)
+    cut = first // c.entries * c.step_bits // 8
+    g = torch.Generator().manual_seed(5)
+    other = codes.repeat(756, 1)
+    other[:256, per - 1] = torch.arange(256, dtype=torch.uint8)
+    other[256:, cut:] = torch.randint(0, 256, (500, per - cut), generator=g).to(torch.uint8)
+    tried = trellis.decode(other, bits, n)
+    costs = (feedback.weights * (wanted - tried).square())[:, first:].sum(1)
+    assert float(found) <= float(costs.min()) * (1 + 1e-6)

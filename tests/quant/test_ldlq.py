@@ -8,7 +8,7 @@ import scipy.linalg
 import torch
 
 from lplr.kernels.levels import narrower, nearest, packed_shape
-from lplr.quant.ldlq import ONE_BIT, ldlq, unit_upper
+from lplr.quant.ldlq import ONE_BIT, along_columns, gain_along_columns, ldlq, output_damping, unit_upper
 from lplr.quant.uniform import quantize, scales
 
 
@@ -138,3 +138,48 @@ def test_any_grid_any_group(grid: str, bits: float, group: int, narrow: int) -> 
             torch.testing.assert_close((points - wanted[part]).square().sum(1), left[part], rtol=1e-5, atol=1e-9)
     shapes = packed_shape((n, d - narrow), grid, bits), packed_shape((n, narrow), grid, lower if narrow else 0.0)
     assert q.stored_bits() == 16 + 8 * sum(a * b for a, b in shapes)
+
+
+def test_two_sided_identity_and_gain() -> None:
+    """tr(G E H E^T) = sum_j D_j r_j^T S r_j for the damped G, and feedback along the columns lowers it by what is promised."""
+    n, d = 384, 24
+    basis = torch.linalg.qr(torch.randn(n, n, generator=seeded(5), dtype=torch.float64)).Q
+    G, H = basis * torch.logspace(0, -2, n, dtype=torch.float64) @ basis.T, correlated(d, 7)
+    H = H / H.diagonal().mean() + torch.eye(d, dtype=torch.float64)  # mild: feedback from both sides widens what is rounded
+    X = torch.randn(n, d, generator=seeded(3), dtype=torch.float64)
+    plain, directed = (ldlq(X, 2.0, H, G=given, grid="trellis", axis="tensor").dequantize(torch.float64) for given in (None, G))
+
+    def loss(Q: torch.Tensor) -> float:
+        return float(torch.trace(G @ (X - Q) @ H @ (X - Q).T))
+
+    promised = gain_along_columns(G)
+    # the ends of blocks of 16 entries cost the trellis a sixth of its error at two bits
+    assert promised < 0.6 and promised < loss(directed) / loss(plain) < 1.3 * promised
+    Gd = G + output_damping(2.0) * G.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    V, U = along_columns(G, 2.0).U.double(), unit_upper(H)
+    S = torch.linalg.solve(V, torch.linalg.solve(V, Gd).T)
+    D = torch.linalg.solve(U, torch.linalg.solve(U, H).T).diagonal()
+    E = X - directed
+    r = V.T @ E @ U
+    assert float((r * (S @ r) * D).sum()) == pytest.approx(float(torch.trace(Gd @ E @ H @ E.T)), rel=1e-5)  # V is float32
+    blocks = torch.block_diag(*[S[a : a + 16, a : a + 16] for a in range(0, n, 16)])
+    torch.testing.assert_close(S, blocks, rtol=0, atol=1e-5 * float(G.diagonal().max()))
+    weights = along_columns(G, 2.0).weights.double()
+    torch.testing.assert_close(weights, S.diagonal() / S.diagonal().mean(), rtol=1e-5, atol=0)
+    white = torch.linalg.inv(V)
+    assert promised == pytest.approx(float(torch.trace(white @ G @ white.T) / torch.trace(G)), rel=1e-6)
+
+
+def test_output_metric_of_any_scale_or_none() -> None:
+    """A multiple of G rounds alike, a zero G like none, the identity next to alike; other grids leave it out."""
+    n, d = 40, 20
+    G, H, X = correlated(n, 5), correlated(d, 7), torch.randn(n, d, generator=seeded(3), dtype=torch.float64)
+
+    def rounded(G: torch.Tensor | None, grid: str = "trellis") -> torch.Tensor:
+        return ldlq(X, 2.0, H, G=G, grid=grid, axis="tensor").dequantize(torch.float64)
+
+    assert torch.equal(rounded(G), rounded(G * 4.0**20)) and not torch.equal(rounded(G), rounded(None))
+    assert torch.equal(rounded(torch.zeros(n, n, dtype=torch.float64)), rounded(torch.eye(n, dtype=torch.float64)))
+    for grid in ("uniform", "lattice", "normal_float"):
+        assert torch.equal(rounded(G, grid), rounded(None, grid))
+    assert gain_along_columns(torch.zeros(3, 3)) == 1.0

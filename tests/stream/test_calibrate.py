@@ -50,10 +50,10 @@ def test_hessians_are_those_of_the_model_with_its_prefix_compressed(
     windows: list[torch.Tensor] = []
     true_layer, true_windows = compress._Run._compress_layer, compress.calibration_windows
 
-    def layer(self: Any, p: Any, H: torch.Tensor | None) -> Any:
+    def layer(self: Any, p: Any, H: torch.Tensor | None, G: torch.Tensor | None) -> Any:
         if H is not None:
             seen[p.name] = H.clone()
-        return true_layer(self, p, H)
+        return true_layer(self, p, H, G)
 
     def spy(*arguments: Any) -> Any:
         found = true_windows(*arguments)

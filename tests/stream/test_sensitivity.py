@@ -23,8 +23,8 @@ def measured(folder: Path, tokens: torch.Tensor, scratch: Path, seed: int = 0) -
     return list(measure(checkpoint, plans, tokens, scratch, torch.device("cpu"), generator, lambda *_: None))
 
 
-def by_autograd(model: Any, names: list[str], tokens: torch.Tensor, seed: int) -> dict[str, float]:
-    """sum over tokens of ||g||^2 at the output of each layer, the whole model in one graph."""
+def by_autograd(model: Any, names: list[str], tokens: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """sum over tokens of g g^T at the output of each layer, the whole model in one graph."""
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for name in names:
@@ -39,7 +39,8 @@ def by_autograd(model: Any, names: list[str], tokens: torch.Tensor, seed: int) -
         drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
         (-scores.gather(1, drawn).sum()).backward()
     # an expert that no token of a row is routed to has no gradient there
-    return {n: sum(float(o.grad.square().sum()) for o in outputs if o.grad is not None) for n, outputs in kept.items()}
+    gradients = {n: [o.grad.flatten(0, -2).double() for o in outputs if o.grad is not None] for n, outputs in kept.items()}
+    return {n: torch.cat(rows).T @ torch.cat(rows) for n, rows in gradients.items()}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "opt"])
@@ -51,7 +52,10 @@ def test_weights_are_the_mean_squares_of_the_output_gradients(architecture: str,
     assert len(found) == len(expected) > 6
     for m in found:
         # float32 on both sides, another order of sums
-        assert m.weight == pytest.approx(expected[m.plan.name] / (2 * m.plan.shape[0] * tokens.numel()), rel=1e-3)
+        G = expected[m.plan.name]
+        assert m.weight == pytest.approx(float(G.trace()) / (2 * m.plan.shape[0] * tokens.numel()), rel=1e-3)
+        assert m.G is not None  # the trellis rounds with it
+        torch.testing.assert_close(m.G.double() / m.G.trace(), G / G.trace(), rtol=1e-3, atol=1e-5)
         assert m.H is not None and m.H.shape == (m.plan.shape[1],) * 2
 
 

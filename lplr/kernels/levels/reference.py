@@ -65,15 +65,16 @@ def levels(codes: Tensor, shape: tuple[int, int], grid: str, bits: float, dtype:
     return unpacked.to(dtype).mul_(2).sub_((1 << int(bits)) - 1)
 
 
-def nearest(x: Tensor, grid: str, bits: float) -> tuple[Tensor, Tensor]:
+def nearest(x: Tensor, grid: str, bits: float, feedback: trellis.Feedback | None = None) -> tuple[Tensor, Tensor]:
     """The points nearest to the sequences x (m, n), columns of a matrix over their scales: (codes, points (m, n)).
 
-    Codes are packed (m, bytes) on a grid that is stored by columns, else uint8 (m, n).
+    Codes are packed (m, bytes) on a grid that is stored by columns, else uint8 (m, n).  Feedback is for the trellis alone.
     """
+    if grid == "trellis":
+        return trellis.encode(x, bits, feedback)
+    assert feedback is None
     if grid == "lattice":
         return lattice.encode(x, bits)
-    if grid == "trellis":
-        return trellis.encode(x, bits)
     if grid == "normal_float":
         return normal_float.round_to_levels(x, bits)
     top = (1 << int(bits)) - 1

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lplr.kernels.backend import form
 from lplr.kernels.trellis import reference
-from lplr.kernels.trellis.reference import STATE_BITS, WIDTHS, codebook, packed_width
+from lplr.kernels.trellis.reference import STATE_BITS, WIDTHS, Feedback, codebook, packed_width
 
-__all__ = ["STATE_BITS", "WIDTHS", "codebook", "decode", "encode", "packed_width"]
+__all__ = ["STATE_BITS", "WIDTHS", "Feedback", "codebook", "decode", "encode", "packed_width"]
 
 
-def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, bits: float, feedback: Feedback | None = None) -> tuple[Tensor, Tensor]:
     """The sequences of the trellis nearest to x: packed codes, and values; see `reference.encode`."""
-    return form("trellis", reference, x).encode(x, bits)
+    return form("trellis", reference, x).encode(x, bits, feedback)
 
 
 def decode(codes: Tensor, bits: float, n: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -22,20 +22,26 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.backend import jit
-from lplr.kernels.trellis.reference import STATE_BITS, code, codebook, packed_width
+from lplr.kernels.trellis.reference import STATE_BITS, Feedback, code, codebook, packed_width, stretches
 
 FEW = 4  # bits a step up to which the vector loop runs over rests: measured
 ENCODED_AT_ONCE = 1 << 13  # entries below which threads cost more than they save
 DECODED_AT_ONCE = 1 << 19
+_NONE = np.zeros((1, 0), np.float32)
 
 
-def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, bits: float, feedback: Feedback | None = None) -> tuple[Tensor, Tensor]:
     """See `reference.encode`; rows are shared among torch.get_num_threads() threads."""
     start, book, by_symbol, run = _encoder(bits)
     m, n = x.shape
-    codes = torch.empty(m, packed_width(n, bits), dtype=torch.uint8)
+    codes = torch.zeros(m, packed_width(n, bits), dtype=torch.uint8)
     values = torch.empty(m, n, dtype=torch.float32)
-    fixed = (x.detach().float().contiguous().numpy(), book, by_symbol, start, codes.numpy(), values.numpy())
+    c = code(bits)
+    steps = np.array(stretches(-(-n // c.entries), c, feedback), np.int64).reshape(-1, 3)
+    U, weights = _NONE, _NONE[0]
+    if feedback is not None:
+        U, weights = feedback.U.contiguous().numpy(), feedback.weights.contiguous().numpy()
+    fixed = (x.detach().float().contiguous().numpy(), U, weights, steps, book, by_symbol, start, codes.numpy(), values.numpy())
     _share(m, n, ENCODED_AT_ONCE, lambda first, last: run(*fixed, first, last))
     return codes, values.to(x.dtype)
 
@@ -180,49 +186,81 @@ def _last_state(best: Any, x: Any, y: Any, book: Any, step_bits: int, paired: bo
 
 
 @_inline
-def _trace_back(state: Any, oldest: Any, step_bits: int, sorted_by_symbol: bool, codes: Any) -> None:
-    """The codes, packed, of the path that ends in a state."""
+def _trace_back(
+    state: Any, first: int, stop: int, end: int, oldest: Any, step_bits: int, by_symbol: bool, book: Any, codes: Any, values: Any
+) -> int:
+    """Codes, packed, and values of steps first .. stop - 1 of the path that ends in a state after step end - 1; returns the
+    state after step stop - 1."""
     ways, kept = 1 << step_bits, 1 << (STATE_BITS - step_bits)
-    codes[:] = 0
-    for t in range(len(oldest) - 1, -1, -1):
-        byte, shift = (t * step_bits) >> 3, (t * step_bits) & 7
-        symbol = (state & (ways - 1)) << shift
-        codes[byte] |= symbol & 255
-        if symbol > 255:
-            codes[byte + 1] |= symbol >> 8
+    decided = state
+    for t in range(end - 1, first - 1, -1):
+        if t < stop:
+            if t == stop - 1:
+                decided = state
+            byte, shift = (t * step_bits) >> 3, (t * step_bits) & 7
+            symbol = (state & (ways - 1)) << shift
+            codes[byte] |= symbol & 255
+            if symbol > 255:
+                codes[byte + 1] |= symbol >> 8
+            for v in range(len(book)):
+                if t * len(book) + v < len(values):
+                    values[t * len(book) + v] = book[v, state]
         rest = state >> step_bits
-        place = (rest & (ways - 1)) * (kept // ways) + (rest >> step_bits) if sorted_by_symbol else rest
+        place = (rest & (ways - 1)) * (kept // ways) + (rest >> step_bits) if by_symbol else rest
         state = (np.int64(oldest[t, place]) << (STATE_BITS - step_bits)) | rest
+    return decided
+
+
+@_inline
+def _feed_back(row: Any, values: Any, U: Any, first: int, stop: int, wanted: Any) -> None:
+    """What entries first .. stop - 1 of a row lack, times U, added to what is wanted after them."""
+    for r in range(first, stop, 4):  # of a block, a multiple of four long: what is wanted is read and written once for all
+        a, b, c, d = row[r] - values[r], row[r + 1] - values[r + 1], row[r + 2] - values[r + 2], row[r + 3] - values[r + 3]
+        for j in range(stop, len(row)):
+            wanted[j] += a * U[r, j] + b * U[r + 1, j] + (c * U[r + 2, j] + d * U[r + 3, j])
 
 
 @cache
 def viterbi(step_bits: int, entries: int) -> Callable[..., None]:
-    """run(x (m, n), book, book by last symbols, start, codes, values, first, last): rows first .. last - 1, for these sizes.
+    """run(x (m, n), U, weights, stretches, book, book by last symbols, start, codes, values, first, last): rows first ..
+    last - 1, for these sizes; codes come in as zeros, no weights mean no feedback.
 
     The sizes are all that the function closes over, so that numba keeps the compiled code of each on disk.
     """
     ways, kept, few, paired = 1 << step_bits, 1 << (STATE_BITS - step_bits), step_bits <= FEW, entries == 2
 
-    def run(x: Any, book: Any, by_symbol: Any, start: int, codes: Any, values: Any, first: int, last: int) -> None:
-        steps = -(-x.shape[1] // entries)
+    def run(
+        x: Any, U: Any, weights: Any, stretches: Any, book: Any, by_symbol: Any, start: int, codes: Any, values: Any,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        n = x.shape[1]
+        steps, turned = -(-n // entries), book.T
         best, least = np.empty(kept, np.float32), np.empty(kept, np.float32)
-        which, oldest = np.empty(kept, np.int32), np.empty((steps, kept), np.uint8)  # row 0 of `oldest` leads to the start
+        which, oldest = np.empty(kept, np.int32), np.empty((steps, kept), np.uint8)  # row t leads to the state before step t
+        wanted = np.empty(n, np.float32)
         for i in range(first, last if steps else first):
-            row = x[i]
-            best[:] = np.float32(np.inf)
-            best[start & (kept - 1)] = np.float32(0)
-            oldest[0] = 0
-            for t in range(steps - 1):
-                u = row[entries * t]
-                v = row[entries * t + 1] if paired else u
-                if few:
-                    _advance_few(best, least, oldest[t + 1], u, v, by_symbol, ways, kept, paired)
-                else:
-                    _advance_many(best, least, which, oldest[t + 1], u, v, book, step_bits, kept, paired)
-            whole = paired and len(row) == 2 * steps
-            state = _last_state(best, row[entries * (steps - 1)], row[-1], book, step_bits, whole)
-            _trace_back(state, oldest, step_bits, few, codes[i])
+            wanted[:] = x[i]
+            state = start
+            for k in range(len(stretches)):
+                begin, stop, end = stretches[k]
+                best[:] = np.float32(np.inf)
+                best[state & (kept - 1)] = np.float32(0)
+                oldest[begin] = 0
+                for t in range(begin, end):
+                    if t > begin and len(weights):  # costs are in units of the weight of their step
+                        best *= weights[entries * (t - 1)] / weights[entries * t]
+                    u = wanted[entries * t]
+                    v = wanted[entries * t + 1] if paired and entries * t + 1 < n else u
+                    if t == end - 1:
+                        state = _last_state(best, u, v, book, step_bits, paired and entries * t + 1 < n)
+                    elif few:
+                        _advance_few(best, least, oldest[t + 1], u, v, by_symbol, ways, kept, paired)
+                    else:
+                        _advance_many(best, least, which, oldest[t + 1], u, v, book, step_bits, kept, paired)
+                state = _trace_back(state, begin, stop, end, oldest, step_bits, few, book, codes[i], values[i])
+                if stop < steps:
+                    _feed_back(x[i], values[i], U, entries * begin, entries * stop, wanted)
         # not what the trace met: where every cost is infinite it does not lead back to the start
-        _read(codes, step_bits, start, book.T, values, first, last)
+        _read(codes, step_bits, start, turned, values, first, last)
 
     return jit()(run)

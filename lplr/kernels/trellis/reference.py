@@ -26,6 +26,7 @@ from lplr.kernels.pack import pack, unpack
 from lplr.kernels.pack import packed_width as _packed_width
 
 STATE_BITS = 12
+AHEAD = 3 * STATE_BITS  # bits of a path that are looked at behind a block where errors are fed back (a compromise with time)
 
 
 @dataclass(frozen=True)
@@ -109,22 +110,80 @@ def decode(codes: Tensor, bits: float, n: int, dtype: torch.dtype = torch.float3
     return values.permute(1, 2, 0).reshape(len(codes), states.shape[1] * c.entries)[:, :n]
 
 
-def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Feedback:
+    """How errors of a sequence of n entries tell on the entries after them: sum_t weights_t rho_t^2 is the error that counts,
+
+        rho = U^T (x - xhat),    U (n, n) unit upper triangular, its diagonal blocks of `block` entries identities
+
+    float32 on the device of the sequences; weights (n,) positive; block even.  `quant.ldlq` makes it of a metric.
+    """
+
+    U: Tensor
+    weights: Tensor
+    block: int
+
+
+def stretches(steps: int, c: Code, feedback: Feedback | None) -> list[tuple[int, int, int]]:
+    """(first step, the step behind the last that is decided, the step behind the last that is looked at) one after another."""
+    if feedback is None:
+        return [(0, steps, steps)] if steps else []
+    length, ahead = feedback.block // c.entries, -(-AHEAD // c.step_bits)
+    return [(t, min(t + length, steps), min(t + length + ahead, steps)) for t in range(0, steps, length)]
+
+
+def encode(x: Tensor, bits: float, feedback: Feedback | None = None) -> tuple[Tensor, Tensor]:
     """The sequences of the trellis with the least ||x_i - xhat_i||^2, for x (m, n): (packed codes uint8 (m, packed_width),
     xhat (m, n)).
 
-    Costs are summed in float32.  Time m n 2^STATE_BITS; memory m 2^STATE_BITS floats and a byte for each step and path.
+    With feedback, xhat of small sum_t weights_t rho_t^2: one block of entries at a time are decided, on the cheapest path that
+    goes on AHEAD bits behind them, and then what they leave, times U, is added to all entries after them.  Costs are summed in
+    float32.  Time m n (2^STATE_BITS + n); memory m 2^STATE_BITS floats and a byte for each step and path.
     """
     c = code(bits)
     m, n = x.shape
-    steps, ways, kept = -(-n // c.entries), 1 << c.step_bits, 1 << (STATE_BITS - c.step_bits)
+    steps = -(-n // c.entries)
+    wanted = torch.zeros(m, steps * c.entries, device=x.device)
+    wanted[:, :n] = x.float()
+    weights = torch.zeros(steps * c.entries, device=x.device)
+    weights[:n] = 1.0  # what pads the last step costs nothing
+    if feedback is not None:  # one weight a step
+        weights *= feedback.weights[:: c.entries].repeat_interleave(c.entries)
+    state = torch.full((m,), c.start, dtype=torch.int64, device=x.device)
+    symbols = torch.empty(m, steps, dtype=torch.uint8, device=x.device)
+    given = wanted.clone()
+    for first, stop, end in stretches(steps, c, feedback):
+        seen = slice(first * c.entries, end * c.entries)
+        path = _cheapest(wanted[:, seen], weights[seen], state, bits)[:, : stop - first]
+        symbols[:, first:stop] = path
+        if feedback is None or stop == steps:
+            break
+        states = _follow(path, state, c)
+        state = states[:, -1]
+        decided = slice(first * c.entries, stop * c.entries)
+        values = codebook(bits).to(x.device)[:, states].permute(1, 2, 0).reshape(m, -1)
+        error = given[:, decided] - values
+        wanted[:, decided.stop : n] += error @ feedback.U[decided, decided.stop :]
+    codes = pack(symbols, c.step_bits)
+    return codes, decode(codes, bits, n, x.dtype)
+
+
+def _follow(symbols: Tensor, state: Tensor, c: Code) -> Tensor:
+    """Symbols (m, t) and the state (m,) before them -> the state after each, (m, t)."""
+    out = []
+    for symbol in symbols.long().T:
+        state = ((state << c.step_bits) | symbol) & ((1 << STATE_BITS) - 1)
+        out.append(state)
+    return torch.stack(out, 1)
+
+
+def _cheapest(x: Tensor, weights: Tensor, state: Tensor, bits: float) -> Tensor:
+    """The symbols (m, t) from a state (m,) on of least sum weights (x - xhat)^2, for x (m, t entries): Viterbi's algorithm."""
+    c = code(bits)
+    m, steps, ways, kept = len(x), x.shape[1] // c.entries, 1 << c.step_bits, 1 << (STATE_BITS - c.step_bits)
     book = codebook(bits).to(x.device)  # (v, 2^STATE_BITS)
-    padded = torch.zeros(m, steps * c.entries, device=x.device)
-    padded[:, :n] = x.float()
-    used = torch.zeros(steps * c.entries, device=x.device)
-    used[:n] = 1.0  # what pads the last step costs nothing
     cost = torch.full((m, 1 << STATE_BITS), float("inf"), device=x.device)
-    cost[:, c.start] = 0.0
+    cost.scatter_(1, state[:, None], 0.0)
     back = torch.empty(steps, m, kept, dtype=torch.uint8, device=x.device)
     for t in range(steps):
         best, oldest = cost.view(m, ways, kept).min(1)  # the register drops its oldest symbol
@@ -132,13 +191,12 @@ def encode(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
         cost = best[:, :, None].expand(m, kept, ways).reshape(m, kept * ways)
         for v in range(c.entries):
             at = t * c.entries + v
-            cost = cost + (padded[:, at, None] - book[v]).square_().mul_(used[at])
-    state = cost.argmin(1)
+            cost = cost + (x[:, at, None] - book[v]).square_().mul_(weights[at])
+    last = cost.argmin(1)
     symbols = torch.empty(m, steps, dtype=torch.uint8, device=x.device)
     for t in range(steps - 1, -1, -1):
-        symbols[:, t] = (state & (ways - 1)).to(torch.uint8)
-        rest = state >> c.step_bits
+        symbols[:, t] = (last & (ways - 1)).to(torch.uint8)
+        rest = last >> c.step_bits
         oldest = back[t].gather(1, rest[:, None])[:, 0].long()
-        state = (oldest << (STATE_BITS - c.step_bits)) | rest
-    codes = pack(symbols, c.step_bits)
-    return codes, decode(codes, bits, n, x.dtype)
+        last = (oldest << (STATE_BITS - c.step_bits)) | rest
+    return symbols
