@@ -123,7 +123,7 @@ def test_killed_at_random_moments_a_calibrated_run_ends_with_the_same_bytes(tmp_
     for seed in range(3):
         draw, kills = random.Random(seed), 0
         for _ in range(3):
-            kills += attempt(model, f"{model}/text.txt", f"{root}/{seed}", after(draw.uniform(0.2, 0.8) * whole)) != 0
+            kills += attempt(model, f"{model}/text.txt", f"{root}/{seed}", after(draw.uniform(0.1, 0.6) * whole)) != 0
         assert attempt(model, f"{model}/text.txt", f"{root}/{seed}", lambda: None) == 0
         print(kills)
     """
