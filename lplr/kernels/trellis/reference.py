@@ -26,7 +26,7 @@ from lplr.kernels.pack import pack, unpack
 from lplr.kernels.pack import packed_width as _packed_width
 
 STATE_BITS = 12
-AHEAD = 3 * STATE_BITS  # bits of a path that are looked at behind a block where errors are fed back (a compromise with time)
+AHEAD = 5 * STATE_BITS  # bits of a path that are looked at behind a block where errors are fed back: more gains little (measured)
 
 
 @dataclass(frozen=True)
