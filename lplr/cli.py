@@ -9,19 +9,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 import lplr
+from lplr import tables
 from lplr.errors import RecipeError
 from lplr.recipe import METHOD_NAMES, WIDTHS, Recipe, load_recipe, make_recipe
-from lplr.terminal import clear_errors, duration_text, fail, notice, out, progress_bar, size_text
-
-if TYPE_CHECKING:
-    from lplr.stream.inspect import Losses
+from lplr.terminal import clear_errors, fail, notice, out, progress_bar
 
 # read by OpenMP when torch is imported, which no command has done yet: threads that wait must not spin, or a second busy process
 # on the machine slows every small operation down many times
@@ -112,7 +110,7 @@ def compress(
         folder = output or _default_folder(chosen)
         with progress_bar("compress") as step:
             rows = run(chosen, folder, resume=not no_resume, notify=notice, progress=step)
-        _summary(folder, rows)
+        tables.summary(folder, rows)
 
 
 def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool) -> Recipe:
@@ -145,62 +143,7 @@ def _dry_run(recipe: Recipe) -> None:
 
     checkpoint = open_checkpoint(recipe.model, recipe.revision, notice)
     plans = plan_layers(checkpoint, recipe)
-    e = estimate(checkpoint, plans, recipe)
-    table = Table("matrix", "shape", "method", "grid", "rank", "bits L/R/Q", "bits per weight", title="Plan")
-    for p in plans:
-        f, shape = p.format, f"{p.shape[0]} x {p.shape[1]}"
-        if f is None:
-            cells = "dense", "", "", "", f"{p.dense_bits / (p.shape[0] * p.shape[1]):g} ({p.reason})"
-        else:
-            widths = f"{f.l_bits:g}/{f.r_bits:g}/{f.q_bits:g}"
-            cells = p.spec.method, ", ".join(f.grids()), str(f.rank), widths, f"{f.bits_per_weight:.4f}"
-        table.add_row(escape(p.name), shape, *cells)
-    out.print(table)
-    if e.allocated:
-        out.print(
-            f"The bits of {e.allocated} matrices are allocated when the run has measured what they are worth: the plan shows "
-            "equal ones, bits and size are upper bounds.",
-            soft_wrap=True,
-        )
-    most = "at most " if e.allocated else ""
-    facts = Table("whole model", "", title="Estimate (nothing was written)")
-    facts.add_row("compressed weights", f"{e.weights:,} of {e.parameters:,}")
-    facts.add_row("bits per weight, all-in", f"{most}{e.bits_per_weight:.4f}")
-    facts.add_row("bits per parameter, whole model", f"{most}{e.bits_per_parameter:.3f}")
-    facts.add_row("size", f"{size_text(e.source_bytes)} -> {most}{size_text(e.output_bytes)}")
-    facts.add_row("weight files", f"{len(e.files)}, together {'about ' if most else ''}{sum(e.files.values()):,} bytes")
-    facts.add_row("peak memory, about", size_text(e.memory_bytes))
-    facts.add_row("on disk while it runs", size_text(e.disk_bytes))
-    facts.add_row("time on this machine, about", duration_text(e.seconds))
-    out.print(facts)
-
-
-def _summary(folder: Path, rows: list[Any]) -> None:
-    """One table of the errors and bounds of every layer, and the totals."""
-    from lplr import records
-
-    columns = ("matrix", "rank", "bits per weight", "error", "certificate", "bound", "rank optimum", "output error")
-    table = Table(*columns, title="Relative errors")
-    for r in rows:
-        unit = r.norm or 1.0
-        cells = [r.error, r.certificate, r.bound, r.optimal]
-        table.add_row(
-            escape(r.name),
-            str(r.rank) if r.stored == "compressed" else "dense",
-            f"{r.bits_per_weight:.4f}",
-            *(f"{c / unit:.4f}" if c is not None else "-" for c in cells),
-            f"{r.weighted_error:.4f}" if r.weighted_error is not None else "-",
-        )
-    out.print(table)
-    for r in rows:
-        if r.stored == "dense":
-            out.print(f"{escape(r.name)} stays dense: {escape(r.note)}", soft_wrap=True)
-    done = records.read(folder / records.LEDGER)[-1]
-    out.print(
-        f"{escape(str(folder))}: {done['bits_per_weight']:.4f} bits per weight on {done['weights']:,} compressed weights, "
-        f"{done['bits_per_parameter']:.3f} bits per parameter of the whole model, {size_text(done['bytes'])}",
-        soft_wrap=True,
-    )
+    tables.plan(plans, estimate(checkpoint, plans, recipe))
 
 
 @app.command("eval")
@@ -216,8 +159,18 @@ def evaluate(
     windows: Annotated[int | None, typer.Option(help="Use the first N windows only.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Perplexity, and against a base model KL divergence and top-1 agreement."""
+    """Perplexity, and against a base model KL divergence and top-1 agreement; of a head its accuracy on labelled text."""
     with clear_errors():
+        from lplr.hf.classifier import is_head
+
+        if is_head(folder):
+            from lplr.evaluate.classification import as_table as rows_of
+            from lplr.evaluate.classification import evaluate_head
+
+            with progress_bar("eval") as step:
+                measured = evaluate_head(folder, dataset, device=device, progress=step)
+            tables.facts(Path(folder).name, rows_of(measured))
+            return
         from lplr.evaluate.perplexity import as_table
         from lplr.evaluate.run import evaluate_folder
 
@@ -225,10 +178,62 @@ def evaluate(
             result = evaluate_folder(
                 folder, dataset, against, seqlen=seqlen, max_windows=windows, device=device, notify=notice, progress=step
             )
-        table = Table("measure", "value", title=escape(Path(folder).name))
-        for measure, value in as_table(result):
-            table.add_row(measure, escape(value))
-        out.print(table)
+        tables.facts(Path(folder).name, as_table(result))
+
+
+@app.command("fit-head")
+def fit_head(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `lplr compress` wrote, or any model's.")],
+    dataset: Annotated[str, typer.Option(help="Labelled text: a jsonl, tsv or csv file, sst2, imdb, ag_news, or a Hub dataset.")],
+    held_out: Annotated[
+        str | None, typer.Option(help="Labelled text to compare on (a fifth of the dataset).", show_default=False)
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the head (DIR/heads/NAME).")] = None,
+    pooling: Annotated[str, typer.Option(help="mean, last or attention: how tokens become one vector.")] = "mean",
+    activation: Annotated[str, typer.Option(help="gated or relu.")] = "gated",
+    gates: Annotated[int, typer.Option(help="Gates to draw: the programme is solved for these.", min=1)] = 64,
+    lam: Annotated[str, typer.Option(help="Weight of the penalty: a number, or cv.")] = "cv",
+    seqlen: Annotated[int, typer.Option(help="Tokens of a text that are read.", min=1)] = 256,
+    limit: Annotated[int | None, typer.Option(help="Use the first N rows only.", min=1, show_default=False)] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="A head whose settings and lambda to take: after recompression.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of gates and splits.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to run the model: cpu or cuda.")] = "cpu",
+) -> None:
+    """Train a classification head on a model, solved to a certified duality gap; keep it beside the model."""
+    with clear_errors():
+        from lplr.convex.heads import as_table
+        from lplr.convex.heads import fit_head as run
+
+        with progress_bar("fit-head") as step:
+            found = run(
+                folder,
+                dataset,
+                output=output,
+                held_out=held_out,
+                pooling=pooling,
+                activation=activation,
+                n_gates=gates,
+                lam=_number(lam),
+                seqlen=seqlen,
+                limit=limit,
+                like=like,
+                seed=seed,
+                device=device,
+                progress=step,
+            )
+        tables.facts(found.folder, as_table(found))
+        out.print(f"On the held-out text: {found.verdict}.", soft_wrap=True)
+
+
+def _number(lam: str) -> float | str:
+    if lam == "cv":
+        return lam
+    try:
+        return float(lam)
+    except ValueError:
+        raise RecipeError(f"--lam is {lam!r}: give a positive number, or cv") from None
 
 
 @app.command()
@@ -249,7 +254,7 @@ def inspect(
         from lplr.stream.inspect import is_compressed, measured_losses, stored_losses
 
         if is_compressed(model):
-            _show_losses(model, stored_losses(Path(model).expanduser()))
+            tables.losses(model, stored_losses(Path(model).expanduser()))
             return
         text = {} if dataset is None else {"dataset": dataset, "nsamples": nsamples, "seqlen": seqlen}
         recipe = make_recipe({"model": model, "bits": bits, "method": method, **text})
@@ -266,26 +271,7 @@ def inspect(
             found = measured_losses(checkpoint, plans, recipe, notice, lambda share, s: step(share, 1.0, s)) if text else None
         out.print(table)
         if found is not None:
-            _show_losses(model, found)
-
-
-def _show_losses(model: str, found: Losses) -> None:
-    """One table of the bits of every matrix, and of the loss predicted at them and at others."""
-    from lplr.stream.inspect import SHOWN
-
-    def cells(*losses: float | None) -> list[str]:
-        return [f"{loss:.4g}" if loss is not None else "-" for loss in losses]
-
-    if found.unit is None:
-        out.print("No bits were allocated: --allocation uniform, or a method that has no curves.", soft_wrap=True)
-    columns = ("matrix", "bits per weight", "loss", *(f"at {bits} bit{'s' * (bits > 1)}" for bits in SHOWN))
-    unit = f", predicted loss in {found.unit}" if found.unit else ""
-    table = Table(*columns, title=f"{escape(Path(model).name)}{unit}")
-    for row in found.rows:
-        table.add_row(escape(row.name), f"{row.bits:.4f}", *cells(row.loss, *row.at))
-    table.add_section()
-    table.add_row("all, as allocated and at equal bits", "", *cells(found.total, *found.at))
-    out.print(table)
+            tables.losses(model, found)
 
 
 @app.command()

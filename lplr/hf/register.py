@@ -1,9 +1,9 @@
-"""Make `from_pretrained` know the quant_method "lplr", without importing transformers before the user does.
+"""Make `from_pretrained` know the quant_method "lplr" and heads, without importing transformers before the user does.
 
-transformers has no entry points for quantizers: a process registers its own in the tables of
-`transformers.quantizers.auto`.  When that module is already there, `install` registers at once.  Otherwise it
-waits: a finder on sys.meta_path sees the import of exactly that module, lets the usual finders find it,
-registers after it has run, and takes itself away.
+transformers has no entry points for quantizers or models: a process registers its own in the tables of
+`transformers.quantizers.auto` and of `transformers.models.auto.modeling_auto`.  When such a module is already there, `install`
+registers at once.  Otherwise it waits: a finder on sys.meta_path sees the import of exactly that module, lets the usual finders
+find it, registers after it has run, and takes itself away.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TARGET = "transformers.quantizers.auto"
+# module of transformers that holds the tables -> module of ours that registers when it is imported
+_TARGETS = {
+    "transformers.quantizers.auto": "lplr.hf.quantizer",
+    "transformers.models.auto.modeling_auto": "lplr.hf.classifier",
+}
 
 
 def register() -> None:
@@ -24,13 +28,16 @@ def register() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Registers after the import of the target module."""
+    """Imports one of our modules after the import of its target."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The target's own spec with a loader that registers when it is done; None for any other module."""
-        if fullname != _TARGET:
+        if fullname != self.target:
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)
@@ -42,15 +49,17 @@ class _Waiting(MetaPathFinder):
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            register()
+            import_module(_TARGETS[self.target])
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]  # this loader serves this one import
         return spec
 
 
 def install() -> None:
-    """Register now if transformers has its tables, else as soon as it has.  `import lplr` calls it."""
-    if _TARGET in sys.modules:
-        register()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    """Register now where transformers has its tables, else as soon as it has.  `import lplr` calls it."""
+    waiting = {finder.target for finder in sys.meta_path if isinstance(finder, _Waiting)}
+    for target, ours in _TARGETS.items():
+        if target in sys.modules:
+            import_module(ours)
+        elif target not in waiting:
+            sys.meta_path.insert(0, _Waiting(target))

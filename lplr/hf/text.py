@@ -20,6 +20,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -234,33 +235,45 @@ def _possible() -> str:
     return f"give builtin, builtin:heldout, a text or jsonl file, {names}, or OWNER/NAME[:CONFIG] of the Hub"
 
 
-def _hub(name: str, config: str | None, split: str) -> Text:
-    """Stream a dataset of the Hub; the first HUB_CHARACTERS of it, and the name says so when that cuts it."""
+@contextmanager
+def reading_hub(name: str, possible: str) -> Iterator[Any]:
+    """The library `datasets`; what fails while it reads the dataset `name` becomes a DatasetError that says what is possible."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        remedy = "pip install datasets, or give a text file or `builtin`"
+        remedy = "pip install datasets, or give a file of text"
         raise DatasetError(f"dataset {name!r} of the Hub needs the package `datasets`: {remedy}") from None
-    repository, default = HUB_NAMES.get(name, (name, None))
     # the root of the HTTP client's errors, whichever client this version of the Hub's library uses
     transport: type[BaseException] = HfHubHTTPError.__bases__[0]
     try:
-        found = datasets.load_dataset(repository, config or default, streaming=True)
-        part = _split(name, [str(key) for key in found], split)
-        rows, cut = _take(found[part], f"dataset {name}, split {part}")
+        yield datasets
     except (OSError, ValueError, RuntimeError, DatasetsError, transport) as error:
         reason = " ".join(str(error).split())[:300]
-        remedy = f"check name and network, or {_possible()}"
+        remedy = f"check name and network, or {possible}"
         raise DatasetError(f"dataset {name!r} cannot be had from the Hub ({reason}): {remedy}") from None
-    label = ":".join([name, config] if config else [name])
+
+
+def _hub(name: str, config: str | None, split: str) -> Text:
+    """Stream a dataset of the Hub; the first HUB_CHARACTERS of it, and the name says so when that cuts it."""
+    repository, default = HUB_NAMES.get(name, (name, None))
+    with reading_hub(name, _possible()) as datasets:
+        found = datasets.load_dataset(repository, config or default, streaming=True)
+        part = choose_split(name, [str(key) for key in found], split)
+        rows, cut = _take(found[part], f"dataset {name}, split {part}")
     if repository == "Salesforce/wikitext":
         rows = [_gptq_join(rows)]
-    return Text.of(f"{label} ({part}{f', first {cut:,} characters' if cut else ''})", rows)
+    return Text.of(f"{hub_label(name, config)} ({part}{f', first {cut:,} characters' if cut else ''})", rows)
 
 
-def _split(name: str, available: list[str], wanted: str) -> str:
+def hub_label(name: str, config: str | None) -> str:
+    """The name to show of a dataset of the Hub."""
+    return ":".join([name, config] if config else [name])
+
+
+def choose_split(name: str, available: list[str], wanted: str) -> str:
+    """The split that is wanted, `heldout` being any of HELD_OUT_SPLITS; DatasetError when there is none."""
     if wanted in available:
         return wanted
     if wanted == "heldout":
