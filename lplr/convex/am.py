@@ -224,8 +224,10 @@ def head_problem(
 
 def _prodigy(features: nn.Module, rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW with D-adaptation over the parameters that want gradients."""
-    from prodigyopt import Prodigy
-
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise RecipeError("cronos_am needs the package prodigyopt: pip install 'lplr[convex]'") from None
     wanted = [parameter for parameter in features.parameters() if parameter.requires_grad]
     if not wanted:
         raise RecipeError("features have no parameters to train: use `solve` on their output, or give epochs=0")

@@ -180,17 +180,25 @@ def _newton(w: Tensor, a: Tensor, rows: Tensor, sign: Tensor, rho: Tensor, sigma
 
 
 def _solve(active: Tensor, rows: Tensor, sigma: Tensor, right: Tensor) -> Tensor:
-    """(I + sigma X_J^T X_J)^{-1} right for every set J, a row of active (B, n)."""
+    """(I + sigma X_J^T X_J)^{-1} right for every set J, a row of active (B, n): d x d systems, or |J| x |J| ones if smaller,
+
+    right - sigma X_J^T (I + sigma X_J X_J^T)^{-1} X_J right.
+    """
     d = rows.shape[1]
     most = max(int(active.sum(1).max()), 1)
-    gram = right.new_empty(len(right), d, d)
-    block = max(1, ENTRIES // (most * d))
-    for start in range(0, len(right), block):
-        taken, index = active[start : start + block].to(rows.dtype).topk(most, dim=1)
+    small = most < d
+    out = torch.empty_like(right)
+    size = max(1, ENTRIES // (most * d))
+    for part in torch.arange(len(right), device=right.device).split(size):
+        taken, index = active[part].to(rows.dtype).topk(most, dim=1)
         chosen = rows[index] * taken[:, :, None]  # (b, most, d), zero rows where J is smaller
-        gram[start : start + block] = chosen.mT @ chosen
-    H = torch.eye(d, dtype=rows.dtype, device=rows.device) + sigma[:, :, None] * gram
-    return torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(H))[:, :, 0]
+        weight, r = sigma[part, :, None], right[part, :, None]
+        gram = weight * (chosen @ chosen.mT if small else chosen.mT @ chosen)
+        gram.diagonal(dim1=1, dim2=2).add_(1)
+        factor = torch.linalg.cholesky(gram)
+        solved = torch.cholesky_solve(chosen @ r if small else r, factor)
+        out[part] = (r - weight * (chosen.mT @ solved) if small else solved)[:, :, 0]
+    return out
 
 
 def _armijo(offset: Tensor, step: Tensor, pull: Tensor, fall: Tensor, sigma: Tensor, slope: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ The programme's samples are (x - mean) / scale, with a feature of ones where the
 bias (penalised with its weights) beside the free constant b.  Its gates are drawn from the samples without their labels; with
 the linear block it contains the linear model.  lam is chosen on left-out samples along the solution path, then all samples
 are fitted at it to the relative duality gap `tol`.  What is optimal is the programme with these gates, not "the network".
-With activation "relu" the linear block is the gate that is open on all training samples, two ReLU neurons an output.
+With activation "relu" the linear block is the gate that is open on all training samples, two ReLU neurons an output; lam comes
+from the gated programme where the data are many (`_choose`).
 Of the library this file alone imports scikit-learn.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path as FilePath
@@ -45,6 +47,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TASKS: dict[str, None] = dict.fromkeys(("auto", "logistic", "softmax", "squared"))
 CV_TOL = 1e-3  # relative gap of the fits that only compare penalties
 CV_STEPS, CV_RATIO = 20, 1e-3  # of the grid of penalties
+CONES = 1 << 21  # entries of X times gates up to which relu is cross-validated itself
 ROWS = 1 << 14  # samples predicted at once
 
 
@@ -68,6 +71,7 @@ class _ConvexHead(BaseEstimator):
         dtype: str = "float64",
         cv: int = 5,
         random_state: Any = 0,
+        callback: Callable[[float, float, str], object] | None = None,
     ) -> None:
         self.activation = activation
         self.gates = gates
@@ -83,6 +87,7 @@ class _ConvexHead(BaseEstimator):
         self.dtype = dtype
         self.cv = cv
         self.random_state = random_state
+        self.callback = callback
 
     def _read(self, X: Any, y: Any) -> tuple[np.ndarray, Tensor, str, Tensor | None]:
         """Checked samples (n, d) float64, targets Y (n, C), the loss, and class numbers (n,); sets what is known of them."""
@@ -94,8 +99,10 @@ class _ConvexHead(BaseEstimator):
         ConvergenceWarning, with what to do, where the duality gap stays above tol.  There are no sample weights.
         """
         problem, folds = self._programme(*self._read(X, y))
+        vars(self).pop("cv_results_", None)  # of another fit
         self.lam_ = self._choose(problem, folds)
         penalty = Penalty(self.lam_, self._norm())
+        self._tell(CV_STEPS if folds is not None else 0, folds, "fitting all samples")
         self.solution_ = solve(problem, penalty, method=self.method, tol=self.tol, max_iter=self.max_iter)
         self.n_iter_ = max(1, self.solution_.iterations)
         self.network_ = self._made(False)
@@ -123,9 +130,7 @@ class _ConvexHead(BaseEstimator):
     @classmethod
     def load(cls, path: str | FilePath) -> Any:
         """A fitted estimator from a file of `save`.  Raises CheckpointError for another file."""
-        found = stored.load(cls, path)
-        found.network_ = found._made(False)
-        return found
+        return stored.load(cls, path)
 
     def _programme(
         self, X: np.ndarray, Y: Tensor, loss: str, classes: Tensor | None, folds: bool = True
@@ -133,12 +138,14 @@ class _ConvexHead(BaseEstimator):
         """The problem, and for lam "cv" the fold (n,) of each sample; sets the frame and the gates."""
         choose(dict.fromkeys(ACTIVATIONS), self.activation, "activation")
         dtype = choose(DTYPES, self.dtype, "dtype")
-        rows = torch.from_numpy(X)
+        rows = _tensor(X)
         generator = torch.Generator().manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
         frame = self.frame_ = Frame.of(rows, standardize=self.standardize, ones=self.intercept)
         if isinstance(self.gates, Gates):
-            if self.gates.vectors.shape[0] != X.shape[1]:
-                raise RecipeError(f"gates have {self.gates.vectors.shape[0]} features, X has {X.shape[1]}: give gates for X")
+            vectors, offsets = tuple(self.gates.vectors.shape), tuple(self.gates.offsets.shape)
+            if len(vectors) != 2 or vectors[0] != X.shape[1] or offsets != vectors[1:]:
+                wanted = f"X has {X.shape[1]} features: give vectors ({X.shape[1]}, P) and offsets (P,)"
+                raise RecipeError(f"gates have vectors {vectors} and offsets {offsets}, {wanted}")
             self.gates_, D = self.gates, self.gates.patterns(rows)
         else:
             if not isinstance(self.n_gates, Integral) or self.n_gates < 1:
@@ -154,13 +161,21 @@ class _ConvexHead(BaseEstimator):
             raise RecipeError(f"cv is {self.cv!r}: give a number of folds from 2 on")
         return problem, deal(len(X), int(self.cv), generator, classes)
 
+    def _tell(self, done: int, folds: Tensor | None, what: str) -> None:
+        if self.callback is not None:
+            self.callback(float(done), float(CV_STEPS + 1 if folds is not None else 1), what)
+
     def _norm(self) -> str:
         if self.norm != "auto":
             return self.norm
         return "columns" if self.activation == "relu" else "group"
 
     def _choose(self, problem: Problem, folds: Tensor | None) -> float:
-        """lam, or the one of least loss on left-out samples."""
+        """lam, or the one of least loss on left-out samples.
+
+        relu on more than CONES entries of X times gates: the share of lambda_max that is best for the gated programme with the
+        same gates, as a path of projections onto the cones would take hours.
+        """
         if folds is None:
             if isinstance(self.lam, str) or not isinstance(self.lam, Real):
                 raise RecipeError(f"lam is {self.lam!r}: give a positive number, or 'cv'")
@@ -168,16 +183,23 @@ class _ConvexHead(BaseEstimator):
         lams = grid(problem, self._norm(), CV_STEPS, CV_RATIO)
         if len(lams) == 1:  # constant targets
             return lams[0]
-        small = shrink(problem)[0]
+        small, method, unit = shrink(problem)[0], self.method, 1.0
+        if self.activation == "relu" and problem.X.numel() * problem.D.shape[1] > CONES:
+            small, method = replace(small, activation="gated"), "auto"
+            gated = grid(small, self._norm(), CV_STEPS, CV_RATIO)
+            lams, unit = gated, lams[0] / gated[0]
         small = replace(small, X=small.X.float(), Y=small.Y.float())  # half the work at CV_TOL
-        settings = {"method": self.method, "max_iter": self.max_iter}
-        found = cross_validate(small, self._norm(), folds, lams=lams, tol=max(self.tol, CV_TOL), **settings)
+        self._tell(0, folds, f"penalty 1 of {CV_STEPS}")
+        found = cross_validate(
+            small, self._norm(), folds, lams=lams, tol=max(self.tol, CV_TOL), method=method, max_iter=self.max_iter,
+            callback=lambda k: self._tell(k, folds, f"penalty {k + 1} of {CV_STEPS}"),
+        )  # fmt: skip
         self.cv_results_ = {
-            "lam": np.array(found.lams),
+            "lam": unit * np.array(found.lams),
             "mean_loss": found.mean.numpy(),
             "split_losses": found.losses.numpy(),
         }
-        return found.lams[found.best]
+        return unit * found.lams[found.best]
 
     def _made(self, logits: bool = True) -> networks.Network:
         """The network; logits: with an output for each class."""
@@ -187,7 +209,7 @@ class _ConvexHead(BaseEstimator):
     def _outputs(self, X: Any) -> np.ndarray:
         """(N, C)."""
         check_is_fitted(self)
-        rows = torch.from_numpy(np.ascontiguousarray(validate_data(self, X, reset=False, dtype=np.float64)))
+        rows = _tensor(validate_data(self, X, reset=False, dtype=np.float64))
         with torch.no_grad():
             return torch.cat([self.network_(part) for part in rows.split(ROWS)]).numpy()
 
@@ -200,6 +222,7 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     of them, or the Gates of another fit.  lam: a number for the penalty, or "cv": the best of 20 by cross-validation with `cv`
     stratified folds.  norm: of `Penalty`; "auto": "group", for relu "columns".  intercept, linear_block, standardize: see the
     top of this file.  tol, max_iter, method: of `solve`.  dtype: "float64" | "float32".  random_state: of gates and folds.
+    callback(done, total, what): told of every step of the choice of lam, and of the last fit.
 
     Fitted: solution_ (over standardised samples, `frame_`), gates_ (over raw ones), classes_, lam_, n_features_in_, n_iter_,
     network_, cv_results_ with lam "cv".  Sample weights and sparse X are not supported.
@@ -223,12 +246,13 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         dtype: str = "float64",
         cv: int = 5,
         random_state: Any = 0,
+        callback: Callable[[float, float, str], object] | None = None,
     ) -> None:
         self.loss = loss
         super().__init__(
             activation=activation, gates=gates, n_gates=n_gates, lam=lam, norm=norm, intercept=intercept, tol=tol,
             linear_block=linear_block, standardize=standardize, max_iter=max_iter, method=method, dtype=dtype, cv=cv,
-            random_state=random_state,
+            random_state=random_state, callback=callback,
         )  # fmt: skip
 
     def _read(self, X: Any, y: Any) -> tuple[np.ndarray, Tensor, str, Tensor | None]:
@@ -238,7 +262,8 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
         count = len(self.classes_)
         choose(TASKS, self.loss, "loss")
         if count < 2:
-            raise RecipeError(f"y holds one class, {self.classes_[0]!r}: a classifier needs samples of two classes or more")
+            only = self.classes_.tolist()[0]
+            raise RecipeError(f"y holds one class, {only!r}: a classifier needs samples of two classes or more")
         if self.loss == "logistic" and count > 2:
             raise RecipeError(f"loss 'logistic' is for two classes, y holds {count}: use 'softmax' or 'auto'")
         loss = self.loss if self.loss != "auto" else "logistic" if count == 2 else "softmax"
@@ -289,6 +314,11 @@ class ConvexHeadRegressor(RegressorMixin, _ConvexHead):
         """(N,), or (N, C) where y was (n, C)."""
         Z = self._outputs(X)
         return Z if self.n_outputs_ else Z[:, 0]
+
+
+def _tensor(X: Any) -> Tensor:
+    """X, copied where torch cannot share it: read-only memory, or rows that are not side by side."""
+    return torch.from_numpy(np.require(X, requirements=["C", "W"]))
 
 
 def linear_probe(X: np.ndarray, y: np.ndarray, seed: int = 0) -> Any:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lplr.convex.gates import Gates, clean, gaussian, sample
 from lplr.convex.network import fold_gates
+from lplr.errors import RecipeError
 
 CONSTANT = 1e-13  # spread of a column, of its largest entry, below which it is constant
+LEAST = 1e-180  # a largest entry below this counts as this: weights over the spread stay in range
 ON = 1e-10  # a score below this, of the sizes that make it, is rounding
 KINDS = ("gaussian", "data", "mixed")
 
@@ -34,8 +36,9 @@ class Frame:
     @classmethod
     def of(cls, X: Tensor, *, standardize: bool, ones: bool) -> Frame:
         """The frame of samples X (n, d); without `standardize` features stay as they are."""
-        mean, scale = X.mean(0), X.std(0, correction=0)
-        varies = scale > CONSTANT * X.abs().amax(0)
+        size = X.abs().amax(0).clamp_min(LEAST)
+        mean, scale = (X / size).mean(0) * size, (X / size).std(0, correction=0) * size  # of X alone, squares leave the range
+        varies = scale > CONSTANT * size
         if not standardize:
             return cls(torch.zeros_like(mean), torch.ones_like(scale), torch.ones_like(varies), ones)
         return cls(mean, torch.where(varies, scale, torch.ones_like(scale)), varies, ones)
@@ -52,7 +55,8 @@ def draw(
     """Gates over raw samples and their patterns D (n, K), K <= P + 1: P of `kind`, the linear block first, none twice.
 
     "gaussian": normal vectors, a normal offset where there are ones; "data": half way between two samples; "mixed": of both.
-    offsets: without, all hyperplanes pass through the mean, as the cones of relu without ones need it.
+    offsets: without, all hyperplanes pass through the mean, as the cones of relu without ones need it.  Raises RecipeError where
+    no gate is open on a sample.
     """
     S = frame.apply(X)
     inner = S[:, : X.shape[1]]
@@ -70,17 +74,23 @@ def draw(
         gates = Gates(torch.cat([none, gates.vectors], 1), torch.cat([one, gates.offsets]))
     D = gates.patterns(X)
     kept = clean(D)
+    if not len(kept):
+        sizes = f"n_samples = {len(X)}, n_features = {X.shape[1]}"
+        raise RecipeError(f"of {P} gates none is open on a sample ({sizes}): raise n_gates, or take the linear block")
     return gates[kept], D[:, kept]
 
 
 def settled(gates: Gates, X: Tensor) -> Gates:
-    """The gates with offsets such that no sample is on a hyperplane: those that were are open, half way to the next sample."""
+    """The gates with offsets such that no sample is on a hyperplane: those that were are open, half way to the next below.
+
+    Where no sample is below, half way to the next above; a hyperplane through all of them stays.
+    """
     scores = X @ gates.vectors + gates.offsets
     noise = ON * ((X.abs() @ gates.vectors.abs()).amax(0) + gates.offsets.abs())
     clear = scores.abs() > noise
     far = torch.full_like(scores, torch.inf)
     above = torch.where(clear & (scores > 0), scores, far).amin(0)
     below = torch.where(clear & (scores < 0), -scores, far).amin(0)
-    room = torch.where(above.isfinite(), above, below)
+    room = torch.where(below.isfinite(), below, above)
     moved = (~clear).any(0) & room.isfinite()
     return Gates(gates.vectors, torch.where(moved, gates.offsets + room / 2, gates.offsets))

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def fit_head(
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{model} is no folder of a model: give one that `lplr compress` wrote, or of transformers")
     choose(POOLINGS, pooling, "pooling")
+    _estimators()
+    step = progress or (lambda *_: None)
     settings = {"pooling": pooling, "seqlen": seqlen, "activation": activation, "n_gates": n_gates, "seed": seed}
     old = _settings_of(like) if like is not None else {}
     settings |= old.get("settings", {})
@@ -114,14 +117,14 @@ def fit_head(
     rest = read_labelled(held_out, split="heldout") if held_out is not None else None
     classes = _classes(data, rest)
     started = time.perf_counter()
-    X, Xt = _features(folder, data, rest, settings, target.parent, device, progress or (lambda *_: None))
+    X, Xt = _features(folder, data, rest, settings, target.parent, device, step)
     seen = time.perf_counter()
     y = torch.tensor([classes.index(label) for label in data.labels])
     if rest is None or Xt is None:
         X, y, Xt, yt = _split(X, y, seed)
     else:
         yt = torch.tensor([classes.index(label) for label in rest.labels])
-    head, facts = _fit(X, y, Xt, yt, settings, lam)
+    head, facts = _fit(X, y, Xt, yt, settings, lam, step)
     facts |= {"seconds_features": seen - started, "seconds_fit": time.perf_counter() - seen}
     found = HeadFit(
         folder=str(target),
@@ -153,19 +156,28 @@ def as_table(found: HeadFit) -> list[tuple[str, str]]:
     ]
 
 
+def _estimators() -> ModuleType:
+    """The estimators of scikit-learn's contract; RecipeError without scikit-learn."""
+    try:
+        from lplr.convex import estimators
+    except ImportError as error:
+        raise RecipeError(f"a head needs the package {error.name}: pip install 'lplr[convex]'") from None
+    return estimators
+
+
 def _fit(
-    X: Tensor, y: Tensor, Xt: Tensor, yt: Tensor, settings: dict[str, Any], lam: float | str
+    X: Tensor, y: Tensor, Xt: Tensor, yt: Tensor, settings: dict[str, Any], lam: float | str, step: Step
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The head's module, and the facts about it and the linear probe."""
-    from lplr.convex.estimators import ConvexHeadClassifier, linear_probe
     from lplr.evaluate.classification import accuracy, nll
 
-    estimator = ConvexHeadClassifier(
-        activation=settings["activation"], n_gates=settings["n_gates"], lam=lam, random_state=settings["seed"]
-    )
+    estimators = _estimators()
+    chosen = {"activation": settings["activation"], "n_gates": settings["n_gates"], "random_state": settings["seed"]}
+    estimator = estimators.ConvexHeadClassifier(lam=lam, callback=step, **chosen)
     estimator.fit(X.double().numpy(), y.numpy())
     network = estimator.to_torch()
-    probe = linear_probe(X.double().numpy(), y.numpy(), settings["seed"])
+    step(1.0, 1.0, "fitting the linear probe")
+    probe = estimators.linear_probe(X.double().numpy(), y.numpy(), settings["seed"])
     p = torch.from_numpy(estimator.predict_proba(Xt.double().numpy()))
     q = torch.from_numpy(probe.predict_proba(Xt.double().numpy()))
     solution = estimator.solution_

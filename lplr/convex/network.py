@@ -98,6 +98,9 @@ def export(
     offset is the linear block.  Raises RecipeError where shapes do not fit together.
     """
     U, b = solution.U.double(), solution.b.double()
+    if U.ndim not in (3, 4) or (U.ndim == 4 and len(U) != 2) or b.shape != U.shape[-1:]:
+        found = f"U is {tuple(U.shape)}, b is {tuple(b.shape)}"
+        raise RecipeError(f"{found}: give U (P, d, C), or for relu V (2, P, d, C), and b (C,)")
     d = U.shape[-2] - ones
     for name, given in (("mean", mean), ("scale", scale)):
         if given is not None and tuple(given.shape) != (d,):
@@ -106,8 +109,8 @@ def export(
         raise RecipeError("scale holds a value that is not positive: use 1 for constant columns")
     if U.ndim == 4:
         made = _relu(U, b, mean, scale, ones)
-    elif gates is None or gates.vectors.shape[0] != d or len(gates) != len(U):
-        found = "none" if gates is None else f"{tuple(gates.vectors.shape)}"
+    elif gates is None or gates.vectors.shape != (d, len(U)) or gates.offsets.shape != (len(U),):
+        found = "none" if gates is None else f"{tuple(gates.vectors.shape)} with offsets {tuple(gates.offsets.shape)}"
         raise RecipeError(f"gates are {found}, the weights have {len(U)} gates of {d} features: give the Gates of the programme")
     else:
         gates = Gates(gates.vectors.to(U), gates.offsets.to(U))
@@ -164,7 +167,7 @@ def _split(W: Tensor, ones: bool) -> tuple[Tensor, Tensor]:
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A Linear with these parameters; any of its sizes may be zero."""
-    made = nn.Linear(1, 1)
+    made = nn.Linear(1, 1, device="meta")  # which draws no numbers
     made.out_features, made.in_features = weight.shape
     made.weight, made.bias = nn.Parameter(weight.contiguous().clone()), nn.Parameter(bias.contiguous().clone())
     return made
@@ -201,7 +204,7 @@ def save(
     """Write a network to one safetensors file, whole or not at all.
 
     metadata: anything JSON holds, kept in the header (`describe`); tensors: more of them, of dotted names ("extra.name"), which
-    `load` leaves alone.  Raises RecipeError for another module, OutputError where the file cannot be written.
+    `load` leaves alone.  Raises RecipeError for another module or metadata, OutputError where the file cannot be written.
     """
     if not isinstance(network, ReluNetwork | GatedNetwork):
         raise RecipeError(f"{type(network).__name__} is not a network of lplr.convex: save what `export` or `load` returned")
@@ -215,13 +218,17 @@ def save(
         "outputs": C,
         "metadata": dict(metadata or {}),
     }
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    state |= {f"extra.{name}": value.detach().cpu().contiguous() for name, value in (tensors or {}).items()}
+    try:
+        header = json.dumps(facts)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"metadata cannot be written as JSON ({error}): give text, numbers, lists and dictionaries") from None
+    named = network.state_dict() | {f"extra.{name}": value for name, value in (tensors or {}).items()}
+    state = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in named.items()}
     scratch = ""
     try:
         handle, scratch = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         os.close(handle)
-        save_file(state, scratch, metadata={"format": "pt", HEADER: json.dumps(facts)})
+        save_file(state, scratch, metadata={"format": "pt", HEADER: header})
         Path(scratch).chmod(0o644)
         os.replace(scratch, path)
     except (OSError, SafetensorError) as error:
@@ -279,7 +286,7 @@ def _facts(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         facts = json.loads(header[HEADER])
     except ValueError:
         raise CheckpointError(f"{path}: its header is no JSON: save the network again") from None
-    if not isinstance(facts, dict) or facts.get("version") != VERSION or facts.get("kind") not in KEYS:
+    if not isinstance(facts, dict) or facts.get("version") != VERSION or facts.get("kind") not in list(KEYS):
         known = facts if isinstance(facts, dict) else {}
         raise CheckpointError(
             f"{path} is version {known.get('version')!r} of kind {known.get('kind')!r}, this lplr reads version {VERSION} of "

@@ -209,10 +209,11 @@ def cross_validate(
     tol: float = 1e-3,
     method: str = "auto",
     max_iter: int | None = None,
+    callback: Callable[[int], object] | None = None,
 ) -> CrossValidation:
     """Mean losses of left-out samples along a path; folds (n,): the number of the fold that leaves a sample out, -1 for none.
 
-    The same gates in every fold.  Ends PATIENCE steps after the least mean loss.
+    The same gates in every fold.  Ends PATIENCE steps after the least mean loss.  callback(steps done) is told of every step.
     """
     numbers = [int(k) for k in folds.unique() if k >= 0]
     if not numbers:
@@ -227,6 +228,8 @@ def cross_validate(
         row = [LOSSES[p.loss].value(p.fit(s.U, s.b), p.Y) for p, s in ((p, next(w)) for p, w in zip(parts, walks, strict=True))]
         losses = torch.cat([found.losses, torch.tensor([row], dtype=torch.float64)])
         found = replace(found, lams=(*found.lams, lam), losses=losses)
+        if callback is not None:
+            callback(len(found.lams))
         if len(found.lams) - 1 - found.best >= PATIENCE:
             break
     return found

@@ -62,15 +62,15 @@ def _plain(value: Any) -> Any:
 
 
 def load(cls: type, path: str | Path) -> Any:
-    """An estimator of class cls with all that `save` wrote but the network; CheckpointError for another file."""
+    """An estimator of class cls with all that `save` wrote; CheckpointError for another file."""
     facts, tensors = network.describe(path)["metadata"], network.extras(path)
     if facts.get("estimator") != cls.__name__:
         kind = facts.get("estimator") or "a network alone"
         raise CheckpointError(f"{path} holds {kind}, not {cls.__name__}: load it with its own class, or network.load")
     try:
         return _restored(cls, facts, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its header or tensors are incomplete ({error!r}): save the estimator again") from None
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header and tensors do not agree ({error!r}): save the estimator again") from None
 
 
 def _restored(cls: type, facts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
@@ -91,4 +91,5 @@ def _restored(cls: type, facts: dict[str, Any], tensors: dict[str, torch.Tensor]
         made.classes_ = np.array(facts["classes"], dtype=np.dtype(facts["classes_dtype"]))
     if "n_outputs" in facts:
         made.n_outputs_ = facts["n_outputs"]
+    made.network_ = made._made(False)
     return made
