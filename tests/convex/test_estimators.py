@@ -307,6 +307,32 @@ def test_a_search_picks_from_the_grid():
     assert made.lam_ == 0.1 and not hasattr(made, "cv_results_")
 
 
+def test_a_search_for_relu_on_many_data_takes_the_share_of_the_gated_programme(monkeypatch):
+    X, y, _ = data(3)
+    monkeypatch.setattr(module, "CONES", 0)
+    options = {"n_gates": 3, "cv": 2, "norm": "columns", "random_state": 1}
+    made, gated = (ConvexHeadClassifier(activation=kind, **options).fit(X, y) for kind in ("relu", "gated"))
+    assert torch.equal(made.gates_.vectors, gated.gates_.vectors)
+    shares = []
+    for head, activation in ((made, "relu"), (gated, "gated")):
+        F = torch.from_numpy(standardised(X, X, head))
+        D, Y = head.gates_.patterns(torch.from_numpy(X)), torch.from_numpy(2.0 * y[:, None] - 1)
+        shares.append(head.lam_ / lambda_max(Problem(F, Y, D, "logistic", activation, True), "columns"))
+    assert shares[0] == pytest.approx(shares[1], rel=1e-5)  # the walk is in float32
+    assert made.cv_results_["lam"].max() == pytest.approx(made.lam_ / shares[0], rel=1e-5)
+    assert made.solution_.U.ndim == 4 and made.solution_.converged
+
+
+@pytest.mark.parametrize("lam", ["cv", 0.05])
+def test_the_callback_is_told_of_every_step(lam):
+    X, y, _ = data(4)
+    told: list[tuple[float, float, str]] = []
+    made = ConvexHeadClassifier(n_gates=3, cv=2, lam=lam, callback=lambda *step: told.append(step)).fit(X, y)
+    steps = len(made.cv_results_["lam"]) if lam == "cv" else 0
+    assert len(told) == steps + 1 + (lam == "cv") and told[-1][2] == "fitting all samples"
+    assert all(0 <= done < total for done, total, _ in told) and [d for d, *_ in told] == sorted(d for d, *_ in told)
+
+
 def test_a_search_with_many_features_and_one_of_several_targets():
     draw = np.random.default_rng(0)
     X = draw.normal(size=(24, 60))

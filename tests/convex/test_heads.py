@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,13 @@ def test_what_cannot_be_fitted_is_refused(folder: Path, texts: tuple[str, str], 
         with pytest.raises(kind, match=message):
             fit_head(model, dataset, **more)
     assert not any(p.name.startswith(".one") or p.name.startswith(".train-") for p in (folder / "heads").iterdir())
+
+
+def test_without_scikit_learn_it_says_what_to_install(folder: Path, texts: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "lplr.convex.estimators", None)
+    monkeypatch.delattr("lplr.convex.estimators", raising=False)
+    with pytest.raises(RecipeError, match=r"needs the package .*: pip install 'lplr\[convex\]'"):
+        fit_head(str(folder), texts[0])
 
 
 def test_a_head_away_from_its_model_says_so(folder: Path, texts: tuple[str, str], tmp_path: Path):
