@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from scale import peak_resident
 
 from lplr.convex import Penalty, Problem, gaussian, lambda_max, patterns, solve
 
@@ -73,7 +73,7 @@ def work(case: str, args: argparse.Namespace) -> dict[str, object]:
         "relative_gap": found.relative_gap,
         "primal": found.primal,
         "active_gates": int((penalty.lengths(found.U).sum(-1) > 0).sum()),
-        "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_resident_gib": round(peak_resident() / 2**30, 2),
         "X_gib": round(problem.X.numel() * 4 / 2**30, 2),
     }
 
