@@ -80,7 +80,8 @@ def begin(problem: Problem, split: Splitting, warm: Solution | None) -> Iterate:
     split.set(FIRST / n, FIRST / n, (1.0 if problem.loss == "squared" else FIT) / n * torch.ones_like(problem.Y[:, :1]))
     u, b = split.backward(torch.zeros_like(problem.Y)), torch.zeros_like(problem.Y[0])
     if warm is not None:
-        u, b = (warm.U if split.relu else warm.U[None]).to(u).clone(), warm.b.to(b).clone()
+        u = (warm.U if split.relu else warm.U[None]).to(u).clone()
+        b = warm.b.to(b).clone() if problem.intercept else b
     at = Iterate(u, u.clone(), torch.zeros_like(u), b)
     if split.relu:
         at.s = split.margins(u).clamp_min(0)

@@ -118,18 +118,19 @@ def cronos_am(
         run.epoch(optimiser, batch, epoch)
         if not run.stopped and (epoch % head_every == 0 or epoch == epochs):
             run.head_step(head_solver, epoch)
-    return Alternated(features, run.head, run.objective, run.history)
+    return Alternated(features, run.head, run.head.objective(extract(features, run.X), run.y, loss, lam), run.history)
 
 
 @torch.no_grad()
 def extract(features: nn.Module, X: Tensor, batch: int = 1024) -> Tensor:
     """H (n, d), the features in evaluation mode; the mode is put back."""
-    training = features.training
+    modes = {module: module.training for module in features.modules()}
     features.eval()
     try:
         H = torch.cat([features(X[i : i + batch]) for i in range(0, len(X), batch)])
     finally:
-        features.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     if H.ndim != 2:
         raise RecipeError(f"features give {tuple(H.shape)} for {len(H)} samples: end the module with nn.Flatten or a pooling")
     return H

@@ -28,7 +28,7 @@ from torch import Tensor
 from lplr.convex import cones
 from lplr.convex.losses import LOSSES
 from lplr.convex.penalty import Penalty
-from lplr.convex.problem import Problem
+from lplr.convex.problem import Problem, centred_targets
 
 TINY = 1e-300
 ROUNDING = 1e-12  # of the values: what a computed gap may lack
@@ -56,8 +56,8 @@ def certify(problem: Problem, penalty: Penalty, U: Tensor, b: Tensor, theta: Ten
 
     theta is another candidate for the dual point, e.g. a solver's own; it need not be feasible, the better one is taken.
     """
-    loss, Y = LOSSES[problem.loss], problem.Y.double()
-    U, b = U.double(), b.double()
+    loss, (Y, means) = LOSSES[problem.loss], centred_targets(problem)
+    U, b = U.double(), b.double() - means
     Z = problem.fit(U, b)
     primal = loss.value(Z, Y) + penalty.value(U)
     start = -loss.gradient(Z, Y)
@@ -75,7 +75,7 @@ def certify(problem: Problem, penalty: Penalty, U: Tensor, b: Tensor, theta: Ten
 
 def dual_point(problem: Problem, penalty: Penalty, theta: Tensor, pulled: Tensor | None = None) -> tuple[Tensor, float]:
     """theta (n, C), in the domain of D, made feasible, and its dual value; pulled = A^T theta where no intercept moves theta."""
-    loss, Y = LOSSES[problem.loss], problem.Y.to(theta.dtype)
+    loss, Y = LOSSES[problem.loss], centred_targets(problem)[0].to(theta.dtype)
     if problem.intercept:
         theta, pulled = loss.centred(theta, Y), None
     if pulled is None:
@@ -110,7 +110,7 @@ def _prox(problem: Problem, penalty: Penalty, U: Tensor, pulled: Tensor) -> Tens
 def screen(problem: Problem, penalty: Penalty, primal: float, theta: Tensor) -> Tensor:
     """Gates (P,) bool that may be active at an optimum, from any primal value and any dual feasible theta; the others are not."""
     theta = theta.double()
-    value = LOSSES[problem.loss].dual_value(theta, problem.Y.double())
+    value = LOSSES[problem.loss].dual_value(theta, centred_targets(problem)[0])
     gap = max(primal - value, 0.0) + ROUNDING * max(abs(primal), abs(value))
     radius = math.sqrt(2 * gap * LOSSES[problem.loss].curvature / len(problem.X))
     pulled = problem.adjoint(theta)

@@ -83,9 +83,9 @@ def column_generation(
     if problem.activation != "relu":
         raise RecipeError("column generation is for activation='relu': gated programmes have no optimal gates to look for")
     generator = generator or torch.Generator().manual_seed(0)
-    lam, history, warm = penalty.lam, [], None
+    lam, history, warm, rounds = penalty.lam, [], None, max(rounds, 1)
     problem = replace(problem, D=problem.D[:, clean(problem.D)] if clean(problem.D).numel() else problem.D[:, :1])
-    for number in range(1, max(rounds, 1) + 1):
+    for number in range(1, rounds + 1):
         solution = solve(problem, penalty, tol=gap, warm=warm)
         D, values = violators(problem, solution, generator, starts)
         worst = values[0].item() if len(values) else 0.0

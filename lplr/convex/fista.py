@@ -89,6 +89,8 @@ class State:
         self.Z = torch.zeros_like(like)
         if warm is not None:
             self.U, self.b = warm.U.to(self.U).clone(), warm.b.to(self.b).clone()
+            if self.relu:
+                self.U = cones.repair(self.U, problem.X, problem.D)
             self.Z = problem.fit(self.U, self.none)
         self.b = self.intercept(self.Z)
         self.t, self.old, self.old_fit = 1.0, self.U, self.Z

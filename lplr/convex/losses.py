@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-NEWTON, HALVINGS = 50, 40
+NEWTON, HALVINGS = 100, 40
 SLACK = 8.0  # roundings by which q may leave [0, 1]
 
 
@@ -53,7 +53,8 @@ class Squared:
         return (theta * Y.double()).sum().item() - len(Y) / 2 * theta.square().sum().item()
 
     def centred(self, theta: Tensor, Y: Tensor) -> Tensor:
-        return theta - theta.mean(0)
+        theta = theta - theta.mean(0)
+        return theta - theta.mean(0)  # of a nearly constant theta the first difference is rounding, its mean as well
 
     def intercept(self, Z: Tensor, Y: Tensor, start: Tensor | None = None) -> Tensor:
         return (Y - Z).double().mean(0).to(Z.dtype)
@@ -151,18 +152,21 @@ def _newton(derivatives, b: Tensor) -> Tensor:
     """argmin of a smooth convex function of b (C,) by Newton's method, halving steps that do not decrease it; float64."""
     b = b.double()
     value, gradient, hessian = derivatives(b)
-    for _ in range(NEWTON):
+    for turn in range(NEWTON):
         ridge = torch.eye(len(b), dtype=b.dtype, device=b.device) * (1e-14 + 1e-12 * hessian.diagonal().max())
         step = -torch.linalg.solve(hessian + ridge, gradient)
         slope = (step @ gradient).item()
         if not -slope > 1e-24:
             break
-        step = step * min(1.0, 4.0 / step.abs().max().item())
+        step = step * min(1.0, 4.0 * 2.0**turn / step.abs().max().item())
         for _ in range(HALVINGS):
             trial = derivatives(b + step)
-            if trial[0] <= value + 1e-15 * abs(value):
+            lower = trial[0] <= value + 1e-15 * abs(value)
+            if lower or trial[1].norm() <= gradient.norm() / 2:  # near the optimum decreases are below the value's rounding
                 break
             step = step / 2
+        else:  # nothing decreases it any more
+            break
         b = b + step
         value, gradient, hessian = trial
     return b

@@ -85,9 +85,12 @@ def _descend(run: Run, problem: Problem, penalty: Penalty, U: Tensor, b: Tensor)
     _look(run, at, None)
     system = None
     while not run.over:
-        if system is None or problem.loss != "squared":
-            system = System(problem, penalty, K, Model(problem, at.Z), penalty.lengths(at.U))
-        system = step(system)
+        try:
+            if system is None or problem.loss != "squared":
+                system = System(problem, penalty, K, Model(problem, at.Z), penalty.lengths(at.U))
+            system = step(system)
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]  # lam is nothing in this precision
+            system = None
         if system is None:
             run.stalled = True
             break
@@ -116,16 +119,21 @@ def _look(run: Run, at: _Point, theta: Tensor | None) -> None:
 
 
 def _separately(run: Run, problem: Problem, penalty: Penalty, state: State) -> Solution:
-    """Squared loss, one-vs-all: every output is a programme of its own, to its share of the gap."""
+    """Squared loss, one-vs-all: every output is a programme of its own, to its share of the gap, in at most max_iter steps."""
     parts = []
     for c in range(problem.Y.shape[1]):
         one = replace(problem, Y=problem.Y[:, c : c + 1])
-        part = Run(one, penalty, run.tol, run.limit - run.count, run.callback, run.start)
-        _descend(part, one, penalty, state.U[..., c : c + 1], state.b[c : c + 1])
+        part = Run(one, penalty, run.tol, run.limit, run.callback, run.start)
+        U, b = state.U[..., c : c + 1], state.b[c : c + 1]
+        if run.stopped:
+            part.certify(U, b)
+        else:
+            _descend(part, one, penalty, U, b)
         parts.append(part)
         run.count += part.count
         run.history += part.history
         run.stopped, run.stalled = run.stopped or part.stopped, run.stalled or part.stalled
+    run.limit *= problem.Y.shape[1]
     run.certify(torch.cat([p.U for p in parts], -1), torch.cat([p.b for p in parts]), torch.cat([p.theta for p in parts], 1))
     return run.finish("raise max_iter or tol")
 

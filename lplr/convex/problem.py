@@ -4,7 +4,8 @@
 
 X (n, d) samples, D (n, P) the 0/1 patterns of P gates, Y (n, C) targets; b (C,) is unpenalised with `intercept`, else zero.
 "gated": U (P, d, C) is free.  "relu": U = V_0 - V_1 with V (2, P, d, C) in the cones (2 D_i - I) X V_{s,i,c} >= 0 (`cones`).
-A gate whose pattern is all ones is the linear block: with it the programme contains the linear model.
+A gate whose pattern is all ones is the linear block: with it the gated programme contains the linear model ("relu": the linear
+functions that keep their sign on all samples).
 
 Both products are two matrix products and a mask, never the (n, P d) matrix: Z = ((X W) o D) summed over gates, W (d, P C), and
 A^T T = X^T (D o T).  They run over blocks of rows, so X may be larger than memory (a memory-mapped array under a tensor), or on
@@ -27,6 +28,7 @@ from lplr.errors import RecipeError
 
 ACTIVATIONS = ("gated", "relu")
 ENTRIES = 1 << 22  # of a block's fits, rows * P * C: bounds the temporaries of a product
+CONSTANT = 4.0  # roundings by which entries of a constant column may differ
 KEPT = 1 << 27  # entries of D up to which its copy in the type of X is kept
 
 
@@ -111,6 +113,21 @@ class Problem:
         """Slices of rows whose products hold at most ENTRIES entries, and as much of X."""
         size = max(1, ENTRIES // max(self.D.shape[1] * self.Y.shape[1], self.X.shape[1]))
         return (slice(a, min(a + size, len(self.X))) for a in range(0, len(self.X), size))
+
+
+def centred_targets(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Y (n, C) float64 less its column means (C,), and these, which b takes up: squared loss with an intercept; else Y and 0.
+
+    The same programme, free of the cancellation that a large or constant Y brings; a column that is constant but for rounding
+    becomes zero.
+    """
+    Y = problem.Y.double()
+    if problem.loss != "squared" or not problem.intercept:
+        return Y, torch.zeros_like(Y[0])
+    means = Y.mean(0)
+    centred = Y - means
+    constant = centred.abs().amax(0) <= CONSTANT * torch.finfo(problem.Y.dtype).eps * Y.abs().amax(0)
+    return torch.where(constant, torch.zeros_like(Y), centred), means
 
 
 def check(problem: Problem) -> None:

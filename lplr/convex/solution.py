@@ -92,7 +92,7 @@ class Run:
         """One line of history, shown to the callback."""
         entry = {"iteration": self.count, "seconds": time.perf_counter() - self.start, **values}
         self.history.append(entry)
-        self.stopped = self.callback is not None and self.callback(entry) is True
+        self.stopped = self.stopped or (self.callback is not None and self.callback(entry) is True)
 
     def finish(self, advice: str) -> Solution:
         """The best certified point; `advice` is what to do where the iterations did not suffice."""

@@ -152,3 +152,15 @@ def test_the_losses_that_are_differentiated_are_those_that_are_solved(loss):
     value.backward()
     assert value.item() == pytest.approx(LOSSES[loss].value(Z.detach(), y), rel=1e-12)
     torch.testing.assert_close(Z.grad, LOSSES[loss].gradient(Z.detach(), y))
+
+
+def test_modes_are_put_back_and_the_objective_is_that_of_the_end():
+    X, y = rings(40)
+    features = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Tanh()).double()
+    features[1].eval()
+    extract(features, X)
+    assert features.training and not features[1].training
+    made = cronos_am(module(), X, y, gates=4, epochs=2, head_every=5, callback=lambda line: line["kind"] == "features")
+    assert made.history[-1]["kind"] == "features"
+    H = extract(made.features, X)
+    assert made.objective == pytest.approx(made.head.objective(H, y, "logistic", 1e-3), rel=1e-12)

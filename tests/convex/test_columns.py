@@ -163,3 +163,8 @@ def test_a_solution_without_neurons_can_be_searched():
     blank = Solution(V, torch.zeros(1), theta, 0.0, 0.0, 0.0, 0.0, 0, 0.0, status="", message="")
     D, values = violators(problem, blank, torch.Generator().manual_seed(0), 64)
     assert values[0] > 0 and D.any(0).all()
+
+
+def test_no_rounds_are_one():
+    found = column_generation(sampled(), Penalty(0.05), rounds=0)
+    assert len(found.history) == 1 and found.solution.U.shape[1] == found.D.shape[1]

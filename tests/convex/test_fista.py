@@ -12,6 +12,7 @@ from convex.oracles import optimum, random_problem, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lplr.convex import cones
 from lplr.convex import fista as module
 from lplr.convex import problem as products
 from lplr.convex.fista import State, fista, squared_norm
@@ -120,3 +121,15 @@ def test_cones_of_a_large_problem_are_refused():
     problem = random_problem(0, "squared", n=3000, d=20, P=40, C=1, activation="relu")
     with pytest.raises(RecipeError, match="method='admm'"):
         fista(problem, Penalty(0.1))
+
+
+def test_weights_outside_the_cones_are_no_start():
+    problem = random_problem(1, "squared", n=18, P=5, C=1, activation="relu")
+    penalty = Penalty(1e-3, "columns")
+    cold = fista(problem, penalty, tol=1e-3)
+    outside = torch.randn(cold.U.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert cones.violation(outside, problem.X, problem.D) > 0.1
+    for options in ({"max_iter": 0}, {"tol": 1e-3}):
+        found = fista(problem, penalty, warm=replace(cold, U=outside), **options)
+        assert cones.violation(found.U, problem.X, problem.D) <= 1e-9
+        assert found.primal >= optimum(problem, penalty) * (1 - 1e-7)

@@ -172,3 +172,12 @@ def test_agrees_with_first_order_iterations_on_a_larger_problem():
     a, b = newton(problem, penalty, tol=1e-8), fista(problem, penalty, tol=1e-6)
     assert a.converged and b.converged
     assert a.dual <= b.primal and b.dual <= a.primal and a.primal == pytest.approx(b.primal, rel=1e-6)
+
+
+def test_every_output_has_its_own_steps_and_the_callback_ends_them_all():
+    problem = random_problem(0, "squared", n=60, d=5, P=10, C=30)
+    penalty = Penalty(0.01 * lambda_max(problem, "columns"), "columns")
+    assert newton(problem, penalty).converged
+    calls = []
+    stopped = newton(problem, penalty, callback=lambda line: calls.append(line) or True)
+    assert stopped.status == "stopped" and len(calls) == 1 and stopped.primal >= newton(problem, penalty).dual
