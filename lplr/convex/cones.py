@@ -30,8 +30,9 @@ from torch import Tensor
 
 TOLERANCE = 1e-11  # of a projection: violation and complementarity relative to the length of the point
 ROUNDS, NEWTON, HALVINGS = 60, 60, 30
-STALLS = 6  # rounds without progress after which a cone is left as it is
+STALLS = 6  # rounds without progress, sigma at its largest, after which a cone is left as it is
 SIGMA, GROWTH, SIGMA_MAX = 30.0, 10.0, 1e9
+SMALL = 64  # sizes below which the larger system, which is the more accurate one, costs nothing
 ENTRIES = 1 << 24  # of gathered rows at once
 
 
@@ -142,8 +143,8 @@ def _multipliers(a: Tensor, rows: Tensor, sign: Tensor, rho: Tensor, tol: float,
         w = point + (multipliers * s) @ rows
         residual = _residual(w, rows, s, multipliers)
         slow = residual > left[live] / GROWTH
+        stalls[live] += ((residual >= left[live]) & (sigma[live] >= SIGMA_MAX)).to(left.dtype)
         sigma[live[slow]] = (sigma[live[slow]] * GROWTH).clamp_max(SIGMA_MAX)
-        stalls[live] += (residual >= left[live]).to(left.dtype)
         better = residual < left[live]
         out[live[better]], left[live[better]] = w[better], residual[better]
         kept[live[better]] = multipliers[better]
@@ -180,13 +181,13 @@ def _newton(w: Tensor, a: Tensor, rows: Tensor, sign: Tensor, rho: Tensor, sigma
 
 
 def _solve(active: Tensor, rows: Tensor, sigma: Tensor, right: Tensor) -> Tensor:
-    """(I + sigma X_J^T X_J)^{-1} right for every set J, a row of active (B, n): d x d systems, or |J| x |J| ones if smaller,
+    """(I + sigma X_J^T X_J)^{-1} right for every set J, a row of active (B, n), by d x d systems or, where J is smaller,
 
     right - sigma X_J^T (I + sigma X_J X_J^T)^{-1} X_J right.
     """
     d = rows.shape[1]
     most = max(int(active.sum(1).max()), 1)
-    small = most < d
+    small = SMALL <= most < d
     out = torch.empty_like(right)
     size = max(1, ENTRIES // (most * d))
     for part in torch.arange(len(right), device=right.device).split(size):

@@ -143,3 +143,25 @@ def test_shapes_and_types():
     torch.testing.assert_close(single.point.double(), cones.project(a, X, sign), rtol=1e-5, atol=1e-5)
     zero = cones.projection(torch.zeros_like(a), X, sign)
     assert not zero.point.any() and not zero.residual.any()
+
+
+@pytest.mark.parametrize("n, d, seed, kind", [(8, 4, 3355, "any signs"), (9, 6, 7071, "any signs")])
+def test_thin_cones_take_large_multipliers(n, d, seed, kind):
+    """Rounds without progress while sigma still grew once ended the first of these at a violation of 5e-4."""
+    a, X, sign = draw(n, d, seed, kind=kind)
+    found = cones.projection(a, X, sign)
+    assert found.residual.max() <= 1e-9  # multipliers of 1e3 and more: what they lose to rounding
+    for k in range(len(a)):
+        np.testing.assert_allclose(found.point[k], by_nnls(a[k], X, sign[k]), atol=1e-8)
+
+
+def test_large_cones_by_small_systems(monkeypatch):
+    """More features than active rows: the systems of the rows and those of the features give the same projection."""
+    a, X, sign = draw(150, 120, 3)
+    found = cones.projection(a, X, sign)
+    monkeypatch.setattr(cones, "SMALL", 1000)
+    other = cones.projection(a, X, sign)
+    assert found.residual.max() <= cones.TOLERANCE and other.residual.max() <= cones.TOLERANCE
+    torch.testing.assert_close(found.point, other.point, rtol=0, atol=1e-9 * float(a.norm()))
+    for k in range(len(a)):
+        np.testing.assert_allclose(found.point[k], by_nnls(a[k], X, sign[k]), atol=1e-8)
