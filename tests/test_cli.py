@@ -372,7 +372,9 @@ def test_interrupted_it_says_how_to_go_on(base: Path, tmp_path: Path, monkeypatc
 
 
 def test_a_signal_stops_the_real_command_with_status_130(base: Path, tmp_path: Path):
-    code = "import sys; sys.argv[0] = 'lplr'; from lplr.cli import main; main()"
+    # a shell that starts the tests in the background has their processes ignore the signal
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; import sys; sys.argv[0] = 'lplr'; from lplr.cli import main; main()"
     arguments = ["compress", str(base), "-o", str(tmp_path / "out"), "--bits", "4", "--dataset", str(base / "text.txt")]
     long = ["--nsamples", "40", "--seqlen", "64", "--alternations", "100", "--method", "caldera"]
     with subprocess.Popen(
