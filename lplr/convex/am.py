@@ -138,7 +138,7 @@ def extract(features: nn.Module, X: Tensor, batch: int = 1024) -> Tensor:
 
 @dataclass
 class _Run:
-    """The head, its objective and the history of one alternation."""
+    """The head and the history of one alternation."""
 
     features: nn.Module
     X: Tensor
@@ -150,7 +150,6 @@ class _Run:
     tol: float
     generator: torch.Generator
     callback: Callback | None
-    objective: float = math.inf
     stopped: bool = False
     start: float = field(default_factory=time.perf_counter)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -171,7 +170,7 @@ class _Run:
         new = Head(found.U[:, active], found.b)
         after = new.objective(H, self.y, self.loss, self.lam)
         accepted = after <= before
-        self.head, self.objective = (new, after) if accepted else (self.head, before)
+        self.head = new if accepted else self.head
         self.record("head", epoch, before=before, after=after, accepted=accepted, status=found.status, gates=len(problem.D[0]))
 
     def epoch(self, optimiser: torch.optim.Optimizer, batch: int, epoch: int) -> None:

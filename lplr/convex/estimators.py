@@ -12,6 +12,7 @@ Of the library this file alone imports scikit-learn.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral, Real
@@ -51,7 +52,7 @@ CONES = 1 << 21  # entries of X times gates up to which relu is cross-validated 
 ROWS = 1 << 14  # samples predicted at once
 
 
-class _ConvexHead(BaseEstimator):
+class _ConvexHead(BaseEstimator, ABC):
     """What both estimators share: parameters, the fit of targets Y (n, C), the network, files."""
 
     def __init__(
@@ -89,9 +90,9 @@ class _ConvexHead(BaseEstimator):
         self.random_state = random_state
         self.callback = callback
 
+    @abstractmethod
     def _read(self, X: Any, y: Any) -> tuple[np.ndarray, Tensor, str, Tensor | None]:
         """Checked samples (n, d) float64, targets Y (n, C), the loss, and class numbers (n,); sets what is known of them."""
-        raise NotImplementedError
 
     def fit(self, X: Any, y: Any) -> Any:
         """Choose lam, minimise the convex programme of all samples, export the network.

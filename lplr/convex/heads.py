@@ -121,7 +121,7 @@ def fit_head(
     seen = time.perf_counter()
     y = torch.tensor([classes.index(label) for label in data.labels])
     if rest is None or Xt is None:
-        X, y, Xt, yt = _split(X, y, seed)
+        X, y, Xt, yt = _split(X, y, settings["seed"])
     else:
         yt = torch.tensor([classes.index(label) for label in rest.labels])
     head, facts = _fit(X, y, Xt, yt, settings, lam, step)

@@ -99,9 +99,9 @@ def test_read_only_samples(kind):
         X, y, new = data()
         for array in (X, y, new):
             array.flags.writeable = False
-        made = kind(**SMALL).fit(X, y)
-        made.predict(new)
-        made.predict(np.asfortranarray(new)[::-1])
+        made, plain = kind(**SMALL).fit(X, y), kind(**SMALL).fit(X.copy(), y.copy())
+        np.testing.assert_array_equal(made.predict(new), plain.predict(new.copy()))
+        np.testing.assert_array_equal(made.predict(np.asfortranarray(new)[::-1]), plain.predict(new.copy()[::-1]))
     finally:
         torch.set_warn_always(False)
 

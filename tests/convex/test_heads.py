@@ -97,6 +97,9 @@ def test_a_head_is_fitted_again_to_another_model_without_a_search(folder: Path, 
     assert target.parent == folder / "heads" and target.is_dir()
     run(settings(folder.parent / "base", bits=6), tmp_path / "other")
     again = fit_head(str(tmp_path / "other"), train, like=target)
+    odd = fit_head(str(folder), train, seed=5, output=tmp_path / "odd", **SMALL)
+    like = fit_head(str(folder), train, like=tmp_path / "odd", output=tmp_path / "like")  # its seed, so its held-out texts
+    assert (like.accuracy, like.probe_nll) == (odd.accuracy, odd.probe_nll)
     assert again.lam == first.lam and again.settings == first.settings
     assert Path(again.folder) == tmp_path / "other" / "heads" / target.name
     same = fit_head(str(folder), train, **SMALL)  # takes the place of the first, from cached features
