@@ -58,7 +58,7 @@ def main() -> None:
         raise SystemExit(f"relative error {error} is not between the optimum {optimum} and 1: no time is printed")
     S = torch.randn(args.n, args.rank)
     ours = seconds(lambda: factorize(A, spec, generator=torch.Generator().manual_seed(1)), args.repeat)
-    products = seconds(lambda: ((A @ S).T @ A), args.repeat)
+    products = seconds(lambda: (A @ S).T @ A, args.repeat)
     square = seconds(lambda: A @ A, max(2, args.repeat // 2))
     rate = 2 * args.n**3 / min(square)
     work = 2 * 2 * args.n**2 * args.rank + 2 * args.n * args.rank**2 + args.rank**3 / 3 + 2 * args.rank**2 * args.n

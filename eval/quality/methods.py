@@ -51,11 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     path = fetch_model(print)
     model, tokenizer = load(path), load_tokenizer(path)
-    wanted = {
-        name: module
-        for name, module in linears(model, ("lm_head",)).items()
-        if int(name.split(".")[2]) in args.blocks
-    }
+    wanted = {name: module for name, module in linears(model, ("lm_head",)).items() if int(name.split(".")[2]) in args.blocks}
     train, held = (
         moments(model, wanted, calibration_tokens(tokenizer, read_text(text), 24, 512, torch.Generator().manual_seed(0)))
         for text in ("builtin:train", "builtin:heldout")

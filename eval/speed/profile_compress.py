@@ -68,9 +68,9 @@ def watch() -> None:
         setattr(module, name, clocked(stage, getattr(module, name)))
     encode = trellis.encode
 
-    def counted(x: torch.Tensor, bits: float) -> Any:
+    def counted(x: torch.Tensor, bits: float, *feedback: Any) -> Any:
         encoded[0] += x.numel()
-        return encode(x, bits)
+        return encode(x, bits, *feedback)
 
     trellis.encode = clocked("trellis encoder", counted)
 
