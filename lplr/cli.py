@@ -80,6 +80,9 @@ def compress(
     ] = None,
     nsamples: Annotated[int | None, _setting("--nsamples", "Calibration windows.")] = None,
     seqlen: Annotated[int | None, _setting("--seqlen", "Tokens a calibration window.")] = None,
+    propagation: Annotated[
+        float | None, _setting("--propagation", "Share of earlier matrices' errors that each one makes up for, 0 to 1.")
+    ] = None,
     factor_bits: Annotated[int | None, _setting("--factor-bits", "Width of the entries of L and R.")] = None,
     rank: Annotated[int | None, _setting("--rank", "Rank of L R for every matrix.")] = None,
     sketch: Annotated[str | None, _setting("--sketch", "gaussian, srht or sparse.")] = None,

@@ -103,7 +103,8 @@ class Recipe(_Spec):
     factors of a method that has none; None takes it from the budget (`factor.plan`).  factor_bits None takes the width from
     the budget (`factor.rank.default_factor_bits`).  dataset: `builtin`, `none` (data-free), a text or jsonl
     file, or the name of a dataset of the Hub.  allocation: `sensitivity` gives bits where the loss minds their absence, within
-    the budget of the whole model (`stream.allocation`); `uniform` gives every matrix the same.
+    the budget of the whole model (`stream.allocation`); `uniform` gives every matrix the same.  propagation: the share of what
+    compressed matrices do to the inputs of those behind them that these make up for (`stream.moments`); 0: none.
     """
 
     model: str
@@ -120,6 +121,7 @@ class Recipe(_Spec):
     dataset: str = "builtin"
     nsamples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=8)
+    propagation: float = Field(default=0.5, ge=0, le=1)
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     modules_to_not_convert: tuple[str, ...] = ("lm_head", "embed_out", "score")
     rules: tuple[Rule, ...] = ()

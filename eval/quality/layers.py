@@ -44,7 +44,7 @@ from lplr.hf.text import calibration_tokens, evaluation_tokens, read_text
 from lplr.linalg.hessian import damped
 from lplr.nn import linears
 from lplr.quant.ldlq import unit_upper
-from lplr.stream.calibrate import InputMoments
+from lplr.stream.moments import InputMoments
 
 ROWS, HELD_ROWS, ROW_LENGTH = 64, 16, 512
 TARGET = Path(__file__).parents[1] / "results" / "layers.json"

@@ -21,7 +21,7 @@ from lplr.demo import fetch_model
 from lplr.factor import factorize, weighted_error
 from lplr.hf.text import calibration_tokens, read_text
 from lplr.nn import linears
-from lplr.stream.calibrate import InputMoments
+from lplr.stream.moments import InputMoments
 
 METHODS = {
     "ldlq": {"method": "ldlq"},

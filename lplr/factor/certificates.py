@@ -165,8 +165,12 @@ def lower_tail(probes: int, failure: float) -> float:
     return -math.expm1(-high)
 
 
-def certify(W: Tensor, f: Factorization, spec: FactorSpec, H: Tensor | None, generator: torch.Generator) -> dict[str, Any]:
+def certify(
+    W: Tensor, f: Factorization, spec: FactorSpec, H: Tensor | None, generator: torch.Generator, *, target: Tensor | None = None
+) -> dict[str, Any]:
     """Fields of a LayerRecord: norm, error, certificates, bound, optimum, weighted error, a sample of the spectrum, note.
+
+    target is the matrix that was factorized where that is not W: what bounds its error bounds W's with ||target - W||_F more.
 
     optimal is that of rank f.rank, without quantization (None where there is a backbone Q, or no low-rank part).
     With a metric the a-priori bound, on ||E C||_F, is divided by a lower bound on sigma_min(C); None above METRIC_UP_TO inputs.
@@ -175,8 +179,12 @@ def certify(W: Tensor, f: Factorization, spec: FactorSpec, H: Tensor | None, gen
     spec = plan((W.shape[0], W.shape[1]), spec)
     once = spec.alternations == 0 and spec.method in ("lplr", "lplr_svd") and f.l is not None
     L = f.l.dequantize(W.dtype if W.dtype == torch.float64 else torch.float32) if once and f.l is not None else None
-    bound = error_bound(W, spec, H=H, L=L, singular_values=sigma if H is None else None)
-    rms, note = _frobenius(bound, W, H, spec.rotation or 0)
+    given = W if target is None else target
+    bound = error_bound(given, spec, H=H, L=L, singular_values=sigma if H is None and given is W else None)
+    rms, note = _frobenius(bound, given, H, spec.rotation or 0)
+    if given is not W and rms is not None:
+        apart = float(torch.linalg.vector_norm(given.double() - W.double())) * (1 + 1e-9)
+        rms, note = rms + apart, f"{note}; and {apart:.3g} that the target differs from W by"
     size = len(sigma)
     sample = range(1, size + 1) if size <= SAMPLE else sorted({round(size ** (i / (SAMPLE - 1))) for i in range(SAMPLE)})
     return {

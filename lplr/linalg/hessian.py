@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean diagonal: GPTQ's `percdamp`
+BAND = 192  # rows of x x^T that are computed at once: of each band only what is not below the diagonal
 
 
 class Hessian:
     """Running mean of x x^T over all rows x that were added, weighted where weights are given."""
 
     def __init__(self, d: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(d, d, dtype=torch.float32, device=device)
+        self.upper = torch.zeros(d, d, dtype=torch.float32, device=device)  # the sum; what is below the diagonal does not count
         self.rows = 0
         self.weight = 0.0
 
@@ -24,19 +25,22 @@ class Hessian:
         """Add inputs (..., d), with one weight of at least zero for each (...)."""
         x = x.reshape(-1, x.shape[-1]).float()
         self.rows += x.shape[0]
+        left = x
         if weights is None:
-            self.total.addmm_(x.T, x)
             self.weight += x.shape[0]
         else:
             w = weights.reshape(-1).to(x.device, x.dtype)
-            self.total.addmm_((x * w[:, None]).T, x)
+            left = x * w[:, None]
             self.weight += float(w.double().sum())
+        for a in range(0, x.shape[1], BAND):
+            self.upper[a : a + BAND, a:].addmm_(left[:, a : a + BAND].T, x[:, a:])
 
     def mean(self) -> Tensor | None:
         """H (d x d), or None when nothing of any weight was added or the inputs were not finite."""
-        if not self.weight > 0 or not bool(torch.isfinite(self.total).all()):
+        if not self.weight > 0:
             return None
-        return self.total / self.weight
+        upper = self.upper.triu() / self.weight
+        return upper + upper.triu(1).T if bool(torch.isfinite(upper).all()) else None
 
 
 def damped(H: Tensor, damping: float = DAMPING) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from lplr.hf.gguf import gguf_tokenizer
 from lplr.hf.load import is_gguf, load_tokenizer
 from lplr.hf.skeleton import capture_block_inputs, materialise, release, run_block
 from lplr.hf.text import calibration_tokens, read_text
-from lplr.linalg.hessian import Hessian
 from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.shards import write_error
@@ -112,6 +111,13 @@ class Activations:
         except OSError as error:
             raise write_error(self._folder / "activations", tensor.nbytes, error) from error
 
+    def copy(self, folder: Path | None = None) -> Activations:
+        """The same states once more."""
+        other = Activations(*self.shape, folder)
+        for rows in self.batches():
+            other.set(rows, self.get(rows))
+        return other
+
     def batches(self) -> Iterator[slice]:
         """Slices of equal size that cover all rows: the masks and positions of one batch then serve every other."""
         size = batch_rows(*self.shape[:2])
@@ -127,69 +133,6 @@ def batch_rows(rows: int, seqlen: int) -> int:
     """The largest divisor of `rows` that keeps a batch within TOKENS_AT_ONCE tokens."""
     most = max(1, TOKENS_AT_ONCE // seqlen)
     return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
-
-
-class Enough(Exception):
-    """Raised in a forward pass when every layer of interest has been called: the rest need not run."""
-
-
-class InputMoments:
-    """A context in which each forward pass adds the inputs of the given layers to their Hessians.
-
-    Layers that are handed the same tensor object (q, k and v; gate and up) share one Hessian.  A layer that is never
-    called, such as an expert that no token is routed to, has none.  With `stop` a pass ends by Enough at the last layer's call.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module], *, stop: bool = False) -> None:
-        self.hessians: dict[str, Hessian] = {}
-        self._layers, self._stop = layers, stop
-        self._called: set[str] = set()
-        self._pass: list[tuple[Tensor, Hessian]] = []  # holds the inputs, so that identity is certain
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> InputMoments:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._hook(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end_pass()
-        for handle in self._handles:
-            handle.remove()
-
-    def end_pass(self) -> None:
-        """Forget the tensors of the last forward pass."""
-        self._pass.clear()
-        self._called.clear()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            shared = (h for seen, h in self._pass if seen is x and self.hessians.get(name, h) is h)
-            hessian = next(shared, None)
-            if hessian is None:
-                hessian = self.hessians.setdefault(name, Hessian(x.shape[-1], x.device))
-                hessian.add(x.detach())
-                self._pass.append((x, hessian))
-            self.hessians[name] = hessian
-            self._called.add(name)
-            if self._stop and len(self._called) == len(self._layers):
-                raise Enough
-
-        return note
-
-
-@torch.no_grad()
-def collect(
-    block: nn.Module, layers: Mapping[str, nn.Module], inputs: Activations, kwargs: Mapping[str, Any], device: torch.device
-) -> dict[str, Hessian]:
-    """Run a block on all calibration rows, as far as its given layers, and return their Hessians."""
-    with InputMoments(layers, stop=True) as moments:
-        for rows in inputs.batches():
-            with suppress(Enough):
-                run_block(block, inputs.get(rows).to(device), kwargs)
-            moments.end_pass()
-    return moments.hessians
 
 
 @torch.no_grad()
@@ -272,6 +215,18 @@ def outside(checkpoint: Checkpoint, device: torch.device, *, head: bool = False)
     finally:
         for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
             release(ck.model.get_submodule(name))
+
+
+@contextmanager
+def loaded(checkpoint: Checkpoint, index: int, device: torch.device) -> Iterator[nn.Module]:
+    """A block of the original model, in memory for as long as the context lasts."""
+    block, prefix = checkpoint.stack[index], f"{checkpoint.prefix}.{index}."
+    names = checkpoint.block_tensors(index)
+    materialise(block, {name.removeprefix(prefix): computable(checkpoint, name, device) for name in names})
+    try:
+        yield block
+    finally:
+        release(block)
 
 
 def computable(checkpoint: Checkpoint, name: str, device: torch.device) -> Tensor:

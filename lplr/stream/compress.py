@@ -28,17 +28,17 @@ from lplr.factor import Factorization, Format, certify, factorize
 from lplr.factor.rank import made_by
 from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
-from lplr.linalg.hessian import Hessian
 from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
 from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
-from lplr.stream.calibrate import Activations, advance, calibration_windows, collect, computable, embed, stages
+from lplr.stream.calibrate import Activations, advance, calibration_windows, computable, embed, loaded, stages
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
 from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
+from lplr.stream.moments import Original, collect
 from lplr.stream.shards import Layout, shard_name, write_atomic, write_shard
 from lplr.stream.source import read_entries
 
@@ -189,52 +189,64 @@ class _Run:
             write_atomic(self.ledger.folder / name, content)
         blocks = len(self.checkpoint.stack)
         pending = [i for i in range(blocks) if i not in self.ledger.blocks]
-        inputs, kwargs = None, [{}] * blocks
+        inputs, originals, kwargs = None, None, [{}] * blocks
         if self.tokens is not None and pending:
             meter.say("embedding the calibration text")
             inputs, kwargs = embed(self.checkpoint, self.tokens, self.ledger.folder, self.device)
+            if self.recipe.propagation:
+                originals = inputs.copy(self.ledger.folder)
         try:
             for i in range(blocks):
                 plans = [p for p in self.plans if p.block == i]
                 if i in pending:
-                    self._compress_block(i, plans, inputs, kwargs[i], meter)
+                    self._compress_block(i, plans, inputs, originals, kwargs[i], meter)
+                elif originals is not None and any(j > i for j in pending):
+                    with loaded(self.checkpoint, i, self.device) as block:
+                        advance(block, originals, kwargs[i], self.device)
                 if inputs is not None and any(j > i for j in pending):
                     meter.say(f"block {i + 1}: running the calibration text through the compressed block")
                     self._advance(i, inputs, kwargs[i])
                 gradients.drop(self.ledger.folder, i)
                 meter.finish(plans, f"block {i + 1} of {blocks}")
         finally:
-            if inputs is not None:
-                inputs.close()
+            for states in (inputs, originals):
+                if states is not None:
+                    states.close()
         if blocks not in self.ledger.blocks:
             outside = Stored(self.checkpoint, self.checkpoint.other_tensors())
             self._commit(blocks, outside, outside.layout, [])
 
     def _compress_block(
-        self, index: int, plans: list[LayerPlan], inputs: Activations | None, kwargs: Mapping[str, Any], meter: _Meter
+        self,
+        index: int,
+        plans: list[LayerPlan],
+        inputs: Activations | None,
+        originals: Activations | None,
+        kwargs: Mapping[str, Any],
+        meter: _Meter,
     ) -> None:
+        """Write one block; `originals`, its inputs in the original model, become its outputs there."""
         ck = self.checkpoint
         made: dict[str, tuple[dict[str, Tensor], LayerRecord]] = {}
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
 
-        def one(p: LayerPlan, hessian: Hessian | None) -> Factorization | None:
+        def one(p: LayerPlan, H: Tensor | None = None, step: Tensor | None = None) -> Factorization | None:
             nonlocal done
             meter.tell(meter.done + done, meter.total, p.name)
-            H = hessian.mean() if hessian is not None else None
-            f, stored, record = self._compress_layer(p, H, moments.pop(p.name, None))
+            f, stored, record = self._compress_layer(p, H, moments.pop(p.name, None), step)
             made[p.name] = stored, record
             done += _weights([p])
             return f
 
         chosen = {p.name: p for p in plans if p.format}
-        if inputs is not None and chosen:
+        if inputs is not None:
             meter.say(f"block {index + 1}: running the calibration text")
-            self._by_stages(index, chosen, inputs, kwargs, one)
+            self._by_stages(index, chosen, inputs, originals, kwargs, one)
         for p in plans:
             if p.name not in made:
-                one(p, None)
+                one(p)
         tensors = {name: tensor for p in plans for name, tensor in made[p.name][0].items()}
         replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
@@ -246,25 +258,30 @@ class _Run:
         index: int,
         chosen: dict[str, LayerPlan],
         inputs: Activations,
+        originals: Activations | None,
         kwargs: Mapping[str, Any],
-        one: Callable[[LayerPlan, Hessian | None], Factorization | None],
+        one: Callable[[LayerPlan, Tensor | None, Tensor | None], Factorization | None],
     ) -> None:
-        """Hand each matrix of a block to `one` with its second moments, collected behind all matrices that come before it."""
-        ck = self.checkpoint
-        block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
-        materialise(block, {n.removeprefix(prefix): computable(ck, n, self.device) for n in ck.block_tensors(index)})
-        layers = {name: ck.model.get_submodule(name) for name in chosen}
-        for names in stages(block, layers, inputs, kwargs, self.device):
-            hessians = collect(block, {name: layers[name] for name in names}, inputs, kwargs, self.device)
-            for name in names:
-                f = one(chosen[name], hessians.pop(name, None))
-                assert f is not None  # a chosen matrix is compressed
-                W = f.dequantize()
-                layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)
-        release(block)
+        """Hand each matrix of a block to `one` with its second moments, collected behind all matrices that come before it, and
+        the step that makes up for what these did to its inputs.
+        """
+        with loaded(self.checkpoint, index, self.device) as block:
+            original = None if originals is None else Original.of(block, originals)
+            layers = {name: self.checkpoint.model.get_submodule(name) for name in chosen}
+            groups = stages(block, layers, inputs, kwargs, self.device) if layers else []
+            for names in groups:
+                these = {name: layers[name] for name in names}
+                moments = collect(block, these, inputs, kwargs, self.device, original, last=names is groups[-1])
+                for name in names:
+                    f = one(chosen[name], *moments.of(name))
+                    assert f is not None  # a chosen matrix is compressed
+                    W = f.dequantize()
+                    layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)
+            if original is not None and not groups:
+                advance(original.block, original.inputs, kwargs, self.device)
 
     def _compress_layer(
-        self, p: LayerPlan, H: Tensor | None, G: Tensor | None
+        self, p: LayerPlan, H: Tensor | None, G: Tensor | None, step: Tensor | None
     ) -> tuple[Factorization | None, dict[str, Tensor], LayerRecord]:
         """One matrix compressed, None if it stays dense; its stored tensors by full name, and its record."""
         started = time.perf_counter()
@@ -275,10 +292,11 @@ class _Run:
             norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
             return None, {}, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason)
         generator = seeded(self.recipe.seed, p.name, self.device)
-        f = factorize(W, p.asked, H=H, G=None if G is None else G.to(self.device), generator=generator)
+        target = W if step is None else W + self.recipe.propagation * (W @ step)
+        f = factorize(target, p.asked, H=H, G=None if G is None else G.to(self.device), generator=generator)
         most = p.format.stored_bits()
         assert f.stored_bits() <= most, f"{p.name}: planned {p.format}, made {f.format}"
-        facts = certify(W, f, p.spec, H, generator)
+        facts = certify(W, f, p.spec, H, generator, target=target)
         if not math.isfinite(facts["error"]) or not math.isfinite(facts["certificate"]):
             raise CheckpointError(
                 f"{p.name}: its values (norm {facts['norm']:.3g}) leave the range of bfloat16 scales: "

@@ -113,8 +113,10 @@ def flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> flo
             total += rounds * 2.0 * n * d * r * products + (4.0 * n * d * d if calibrated else 0.0)
             total += rounds * n * d * ENCODER.get(tried.q.grid if tried.q else "", 0.0)
         total += 2.0 * n * d * small + 10.0 * small**3 + 2.0 * n * d * p.format.rank  # spectrum and certificates
-        # through the compressed block, and about twice through the one at work, from stage to stage; the moments
-        total += tokens * (3 * 2.0 * n * d + 2.0 * d * d)
+        # through the compressed block, and about twice through the one at work, from stage to stage; half of the moments
+        total += tokens * (3 * 2.0 * n * d + d * d)
+        if recipe.propagation:  # twice through the original block, its drift
+            total += tokens * (2 * 2.0 * n * d + 2.0 * d * d)
     return total
 
 
@@ -134,7 +136,7 @@ def _allocation_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Re
     inner = sum(prod(p.shape) for p in plans)
     total += 4 * tokens * 2.0 * (inner + head)  # forward, forward again with a graph, and back
     # second moments; their factors and rotations
-    return total + sum(2 * 2.0 * tokens * p.shape[1] ** 2 + 6.0 * p.shape[1] ** 3 for p in chosen)
+    return total + sum(2.0 * tokens * p.shape[1] ** 2 + 6.0 * p.shape[1] ** 3 for p in chosen)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int:
@@ -169,12 +171,14 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     if recipe.dataset == "none":
         return LIBRARIES + max(matrix, outside), 0
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
-    hessians = 3 * _moments_bytes(checkpoint, plans, weighted=False)
+    twice = 2 if recipe.propagation else 1  # the original block beside the one at work, its states and drifts
+    hessians = (2 + twice) * _moments_bytes(checkpoint, plans, weighted=False)
     hidden = _hidden(checkpoint) or d
     activations = 4 * recipe.nsamples * recipe.seqlen * hidden
     passing = 4 * TOKENS_AT_ONCE * 8 * max(max(p.shape) for p in plans)
-    kept = activations if activations <= ACTIVATION_LIMIT else 0
-    most, on_disk = max(block + hessians + passing, hessians + matrix, outside) + kept, activations - kept
+    kept = twice * activations if activations <= ACTIVATION_LIMIT else 0
+    most = max(twice * block + hessians + passing, hessians + matrix, outside) + kept
+    on_disk = twice * activations - kept
     if taking_part(plans, recipe):
         moments = sum(_moments_bytes(checkpoint, plans, weighted) for weighted in (False, True))
         measuring, files = _sensitivity_memory(checkpoint, recipe, moments + max(block + 2 * passing, matrix))

@@ -16,7 +16,7 @@ of layers, sampled targets; G (x) H); Kim et al., "GuidedQuant", ICML 2025 (M).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lplr.hf.skeleton import materialise, release, run_block, run_head
+from lplr.hf.skeleton import run_block, run_head
 from lplr.linalg.hessian import Hessian
-from lplr.stream.calibrate import Activations, InputMoments, computable, embed, outside
+from lplr.stream.calibrate import Activations, embed, loaded, outside
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
 from lplr.stream.gradients import wanted
+from lplr.stream.moments import InputMoments
 
 Say = Callable[[float, str], None]  # (share of the work that is done, what comes next)
 FORWARD = 0.25  # share of a pass forward in the time of all
@@ -70,7 +71,7 @@ def measure(
             say(FORWARD * i / count, f"sensitivity: block {i + 1} of {count}, forward")
             inputs.append(Activations(*hidden.shape, folder, share=count))
             stack.callback(inputs[i].close)
-            with _loaded(ck, i, device) as block, torch.no_grad():
+            with loaded(ck, i, device) as block, torch.no_grad():
                 for rows in hidden.batches():
                     x = hidden.get(rows)
                     inputs[i].set(rows, x)
@@ -80,7 +81,7 @@ def measure(
         for i in reversed(range(count)):
             say(FORWARD + (1 - FORWARD) * (count - 1 - i) / count, f"sensitivity: block {i + 1} of {count}, backward")
             chosen = [p for p in plans if p.block == i]
-            with _loaded(ck, i, device) as block:
+            with loaded(ck, i, device) as block:
                 layers = {p.name: ck.model.get_submodule(p.name) for p in chosen}
                 plain, weighted, outputs = _backward(block, layers, wanted(chosen), inputs[i], hidden, kwargs[i], device)
             inputs[i].close()
@@ -91,17 +92,6 @@ def measure(
                 else:
                     G = outputs.pop(p.name).mean() if p.name in outputs else None
                     yield Measured(p, weighted[p.name].weight / (2 * p.shape[0] * tokens.numel()), M, H, G)
-
-
-@contextmanager
-def _loaded(ck: Checkpoint, index: int, device: torch.device) -> Iterator[nn.Module]:
-    """A block of the original model, in memory for as long as the context lasts."""
-    block, prefix = ck.stack[index], f"{ck.prefix}.{index}."
-    materialise(block, {name.removeprefix(prefix): computable(ck, name, device) for name in ck.block_tensors(index)})
-    try:
-        yield block
-    finally:
-        release(block)
 
 
 def _head_gradients(

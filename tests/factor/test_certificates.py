@@ -252,3 +252,22 @@ def test_spectrum_sample_is_log_spaced() -> None:
     spec = FactorSpec(method="naive", q=QuantSpec(bits=2, ranges="row"))
     indices = [i for i, _ in certify(W, factorize(W, spec, generator=seeded()), spec, None, seeded())["spectrum"]]
     assert indices[0] == 1 and indices[-1] == 250 and 30 <= len(indices) <= 48 and indices == sorted(set(indices))
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.3, 30.0])
+def test_bound_for_another_target_covers_the_error_of_the_matrix(apart: float) -> None:
+    """T far from W: the certain bound of `ldlq` on ||T - What|| plus ||T - W|| covers ||W - What||, errors stay those of W."""
+    W, g = torch.randn(40, 24, generator=seeded(3)), seeded(4)
+    x = torch.randn(200, 24, generator=g)
+    H = x.T @ x / 200
+    T = W + apart * torch.randn(40, 24, generator=g)
+    spec = FactorSpec(method="ldlq", bits_per_weight=3)
+    f = factorize(T, spec, H=H, generator=seeded())
+    facts = certify(W, f, spec, H, seeded(), target=T)
+    error = float(torch.linalg.vector_norm(W.double() - f.dequantize(torch.float64)))
+    assert facts["error"] == pytest.approx(error, rel=1e-9) and facts["certificate"] >= error
+    plain = certify(T, f, spec, H, seeded())
+    difference = float(torch.linalg.vector_norm(T.double() - W.double()))
+    assert facts["bound"] >= error
+    assert facts["bound"] == pytest.approx(plain["bound"] + difference, rel=1e-6)
+    assert "differs from W" in facts["note"]

@@ -122,8 +122,8 @@ def peak(folder: Path, layers: int) -> int:
 
 def test_memory_is_that_of_one_block_however_many_there_are(tmp_path: Path):
     block = 2 * (4 * 384 * 384 + 3 * 384 * 1056 + 2 * 384)
-    few, many = peak(tmp_path / "few", 2), peak(tmp_path / "many", 13)
-    assert sum(p.stat().st_size for p in (tmp_path / "many").glob("*.safetensors")) > 10 * block
+    few, many = peak(tmp_path / "few", 2), peak(tmp_path / "many", 24)
+    assert sum(p.stat().st_size for p in (tmp_path / "many").glob("*.safetensors")) > 20 * block
     assert many < 4 * block + 1.5 * 2**30
-    # eleven blocks more: kept as they are they would take 38 MiB, in float32 twice that; the rest is the allocator's slack
-    assert many - few < 30 * 2**20
+    # 22 blocks more: kept as they are they would take 77 MiB, in float32 twice that; the allocator's slack differs by up to 40
+    assert many - few < 55 * 2**20
