@@ -5,10 +5,12 @@ LPLR_BACKEND=reference in the environment asks for the plain torch forms everywh
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +41,21 @@ def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, **options)(function)
+            compiled = njit(cache=True, **options)(function)
         except RuntimeError:  # no folder to write to
             return njit(**options)(function)
+        # numba looks at the file of a function alone, but code of other files is compiled into it
+        kept = compiled._cache._cache_file
+        kept._source_stamp = (kept._source_stamp, _sources())
+        return compiled
 
     return decorate
+
+
+@cache
+def _sources() -> str:
+    """A digest of the sources of every kernel: what was compiled from others is compiled again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

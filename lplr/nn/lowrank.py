@@ -38,7 +38,17 @@ class LowRankLinear(nn.Module):
         # no buffers: they are derived from the seeds, and small enough to follow x to its device
         self._signs = rotation_signs(fmt.rotation, self.in_features) if fmt.rotation else None
         self._out_signs = rotation_signs(fmt.output_rotation, self.out_features) if fmt.output_rotation else None
-        for name, (shape, stored) in fmt.layout().items():
+        self._sizes = {
+            "n": self.out_features,
+            "rank": fmt.rank,
+            "l_grid": (fmt.l_grid, fmt.l_bits),
+            "r_grid": (fmt.r_grid, fmt.r_bits),
+            "q_grid": (fmt.q_grid, fmt.q_bits),
+            "q_narrow": fmt.q_narrow,
+        }
+        layout = fmt.layout()
+        self._names = tuple(layout)
+        for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
         self.bias: nn.Parameter | None
         if bias:
@@ -69,7 +79,7 @@ class LowRankLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Name -> stored tensor, in the order of `Format.layout`."""
-        return {name: self._buffers[name] for name in self.format.layout()}  # type: ignore[misc]
+        return {name: self._buffers[name] for name in self._names}  # type: ignore[misc]
 
     @property
     def factorization(self) -> Factorization:
@@ -86,19 +96,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., n) in x's dtype."""
-        fmt = self.format
-        y = lowrank_linear(
-            x,
-            n=self.out_features,
-            rank=fmt.rank,
-            l_grid=(fmt.l_grid, fmt.l_bits),
-            r_grid=(fmt.r_grid, fmt.r_bits),
-            q_grid=(fmt.q_grid, fmt.q_bits),
-            q_narrow=fmt.q_narrow,
-            signs=self._signs,
-            out_signs=self._out_signs,
-            **self.stored(),
-        )
+        y = lowrank_linear(x, signs=self._signs, out_signs=self._out_signs, **self._sizes, **self.stored())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:

@@ -1,7 +1,7 @@
 """Products with matrices that are packed by columns, trellis or lattice: y_i = sum_j x_j c_ij, one stretch of a column at a time.
 
-Points are exact in bfloat16, so a stretch is decoded into 16-bit words, two rows in 32 bits, four columns at once, and
-multiplied from there in float32: a word's halves are float32 after a shift or a mask.
+Points are exact in bfloat16, so tables hold 16-bit words, two rows in 32 bits, whose halves are float32 after a shift or a mask.
+Sixteen rows of four columns are decoded in registers and multiplied in float32 at once (`vectors`).
 
 Trellis: the state of a row is a window of the stream of codes, so a table turned to that order of the bits is indexed by
 what is read; where the window of two rows one below the other is short enough (15 bits), one entry holds both.
@@ -20,12 +20,12 @@ import torch
 from lplr.kernels import trellis
 from lplr.kernels.backend import jit
 from lplr.kernels.lattice.reference import one_bit, stage
-from lplr.kernels.lowrank.vectors import as_float, load64
+from lplr.kernels.lowrank.vectors import add_points, add_windows, as_float, load64
 from lplr.kernels.trellis.reference import CODES, STATE_BITS
 
 UNIT = 16  # rows: a stretch starts and ends at whole bytes of codes
-COLUMNS = 4  # decoded at once
-STRETCH = 2048  # rows of a stretch for one token, a quarter of it for several: what is used again stays in the nearest cache
+COLUMNS = 4  # multiplied at once
+STRETCH = 2048  # rows of a stretch: its sums stay in the nearest cache
 AHEAD = 8  # bytes before and behind a stretch that a read may touch
 LONGEST = 15  # bits of a window
 _compile = jit("contract")
@@ -189,44 +189,106 @@ def _decode(code: Any, row: Any, words: Any, first: int, units: int, second: boo
         _read_trellis(code[1], held.ctypes.data + AHEAD, words, out, units)
 
 
+def _adder(step_bits: int, entries: int) -> Callable[..., None]:
+    """add(address of the codes of four columns, bytes from one to the next, words, x, even, odd, units): for a trellis."""
+    reach, width, both = _window(step_bits, entries)
+    up = step_bits * (2 if both and entries == 1 else 1)
+    behind = step_bits * (reach - 1)
+    back = -(-behind // 8)
+    low, advance = 8 * back - behind, up if both else 2 * up
+
+    def add(address: int, stride: int, words: int, x: int, even: int, odd: int, units: int) -> None:
+        for i in range(units):
+            add_windows(address - back + i * advance, stride, words, x, even + 32 * i, odd + 32 * i, up, low, width, both)
+
+    return jit()(add)
+
+
+_ADD = tuple(_adder(c.step_bits, c.entries) for c in CODES.values())
+_add0, _add1, _add2, _add3, _add4, _add5, _add6, _add7, _add8, _add9 = _ADD
+
+
+@_compile
+def _add_trellis(which: int, address: int, stride: int, words: int, x: int, even: int, odd: int, units: int) -> None:
+    """By the place of the width in CODES."""
+    if which == 0:
+        _add0(address, stride, words, x, even, odd, units)
+    elif which == 1:
+        _add1(address, stride, words, x, even, odd, units)
+    elif which == 2:
+        _add2(address, stride, words, x, even, odd, units)
+    elif which == 3:
+        _add3(address, stride, words, x, even, odd, units)
+    elif which == 4:
+        _add4(address, stride, words, x, even, odd, units)
+    elif which == 5:
+        _add5(address, stride, words, x, even, odd, units)
+    elif which == 6:
+        _add6(address, stride, words, x, even, odd, units)
+    elif which == 7:
+        _add7(address, stride, words, x, even, odd, units)
+    elif which == 8:
+        _add8(address, stride, words, x, even, odd, units)
+    else:
+        _add9(address, stride, words, x, even, odd, units)
+
+
+@_compile
+def _add_lattice(bits: int, address: int, stride: int, words: int, x: int, even: int, odd: int, units: int) -> None:
+    for i in range(units):
+        at, e, o = address + 2 * bits * i, even + 32 * i, odd + 32 * i
+        if bits == 2:
+            add_points(at, stride, words, x, e, o, 2, False)
+        elif bits == 3:
+            add_points(at, stride, words, x, e, o, 3, False)
+            add_points(at, stride, words, x, e, o, 3, True)
+        else:
+            add_points(at, stride, words, x, e, o, 4, False)
+            add_points(at, stride, words, x, e, o, 4, True)
+
+
+@_compile
+def _add(code: Any, address: int, stride: int, words: Any, x: int, even: Any, odd: Any, begin: int, units: int) -> None:
+    """Four columns, units begin .. begin + units - 1 of a stretch's sums even and odd."""
+    e, o = even.ctypes.data + 32 * begin, odd.ctypes.data + 32 * begin
+    if code[0]:
+        _add_lattice(code[1], address, stride, words.ctypes.data, x, e, o, units)
+    else:
+        _add_trellis(code[1], address, stride, words.ctypes.data, x, e, o, units)
+
+
 @_compile
 def multiply(x: Any, codes: Any, code: Any, words: Any, n: int, row: Any, y: Any, add: bool, first: int, last: int) -> None:
     """y (t, n) of row * (x C^T), set or added to, for x (t, d) and units first .. last - 1 of rows."""
     tokens, d = x.shape
-    length = STRETCH // UNIT if tokens == 1 else STRETCH // UNIT // 4
-    stages = 2 if code[0] and code[1] > 2 else 1
-    at_once = COLUMNS // stages
-    held = np.empty(length * code[2] + 2 * AHEAD, np.uint8)
-    out = np.zeros((COLUMNS, 8 * length), np.uint32)
-    even, odd = np.empty((tokens, 8 * length), np.float32), np.empty((tokens, 8 * length), np.float32)
-    a = np.zeros(COLUMNS, np.float32)
-    up, mask = np.uint32(16), np.uint32(0xFFFF0000)
-    for begin in range(first, last, length):
-        units = min(length, last - begin)
-        even[:], odd[:] = np.float32(0), np.float32(0)
-        for j in range(0, d, at_once):
-            there = min(at_once, d - j)
-            for q in range(COLUMNS):
-                if q // stages < there:
-                    _decode(code, codes[j + q // stages], words, begin, units, q % stages == 1, held, out[q])
-                else:
-                    out[q] = 0
-            for t in range(tokens):
+    width, size = codes.shape[1], code[2]
+    length = STRETCH // UNIT
+    # a read may touch bytes before and behind a column: of its neighbours, or of a copy with room where there is none
+    stride = length * size + 2 * AHEAD
+    held, a = np.zeros((COLUMNS, stride), np.uint8), np.empty(COLUMNS, np.float32)
+    even, odd = np.empty(8 * length, np.float32), np.empty(8 * length, np.float32)
+    for t in range(tokens):
+        for begin in range(first, last, length):
+            units = min(length, last - begin)
+            even[:], odd[:] = np.float32(0), np.float32(0)
+            for j in range(0, d, COLUMNS):
+                there = min(COLUMNS, d - j)
                 for q in range(COLUMNS):
-                    a[q] = x[t, j + q // stages] if q // stages < there else np.float32(0)
-                b0, b1, b2, b3 = a[0], a[1], a[2], a[3]
-                e, o, w0, w1, w2, w3 = even[t], odd[t], out[0], out[1], out[2], out[3]
-                for k in range(8 * units):
-                    e[k] += (b0 * as_float(w0[k] << up) + b1 * as_float(w1[k] << up)) + (
-                        b2 * as_float(w2[k] << up) + b3 * as_float(w3[k] << up)
-                    )
-                    o[k] += (b0 * as_float(w0[k] & mask) + b1 * as_float(w1[k] & mask)) + (
-                        b2 * as_float(w2[k] & mask) + b3 * as_float(w3[k] & mask)
-                    )
-        for t in range(tokens):
+                    a[q] = x[t, j + q] if q < there else np.float32(0)
+                copied = units if j == 0 or j + COLUMNS >= d else min(2, units) if begin == 0 else 0
+                if copied:
+                    for q in range(COLUMNS):
+                        if q < there:
+                            _fetch(codes[j + q], begin * size, copied * size, code[3], held[q])
+                        else:
+                            held[q] = 0
+                    _add(code, held.ctypes.data + AHEAD, stride, words, a.ctypes.data, even, odd, 0, copied)
+                if units > copied:
+                    address = codes.ctypes.data + j * width + (begin + copied) * size
+                    _add(code, address, width, words, a.ctypes.data, even, odd, copied, units - copied)
             for k in range(min(UNIT * units, n - UNIT * begin)):
                 at = UNIT * begin + k
-                value = (odd[t, k >> 1] if k & 1 else even[t, k >> 1]) * row[at if len(row) > 1 else 0]
+                value = (odd[k >> 1] if k & 1 else even[k >> 1]) * row[at if len(row) > 1 else 0]
                 y[t, at] = y[t, at] + value if add else value
 
 

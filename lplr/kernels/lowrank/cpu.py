@@ -3,7 +3,8 @@
 Few tokens: matrices by rows as sums looked up in tables (`rows`), matrices by columns decoded a stretch at a time (`columns`), a
 whole layer in one call (`layer`) or, where the work is worth it, one product at a time in torch.get_num_threads() threads.
 Many tokens: the same tables for grids of one or two bits, which beat a dense product; else tiles of at most AT_ONCE points, never
-the whole matrix, times x by torch.  Sums are float32.  Where an activation is not finite the reference answers.
+the whole matrix, times x by torch.  Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of
+bfloat16, at twice the time.  Where an activation is not finite the reference answers.
 
 What the products read is made of the stored tensors once and kept beside them as long as they live (`_PLANS`); the tensors
 themselves stay as they are.
@@ -44,9 +45,9 @@ class Part:
     bits: float
 
     @property
-    def dear(self) -> bool:
-        """Whether many tokens are better served by tiles of points."""
-        return self.grid in BY_COLUMN or len(self.matrix[2]) // 2 - 1 > CHEAP_TERMS
+    def terms(self) -> int:
+        """Tables of sums that a group of entries needs, see `rows.terms`; by columns as good as too many."""
+        return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,15 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     tokens = len(inner)
     y = torch.empty(tokens, plan.n)
-    if tokens and not _into(plan, inner, y):
+    if tokens and not _into(plan, inner, y, 1 if x.dtype is torch.bfloat16 else 2):
         return None
     return y.to(x.dtype).view(*x.shape[:-1], plan.n)
 
 
-def _into(plan: Plan, inner: Tensor, y: Tensor) -> bool:
+def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
     tokens, threads = len(inner), torch.get_num_threads()
     if tokens <= FEW_BY_COLUMN and (threads == 1 or plan.weights * tokens < WORTH_THREADS):
-        return layer(inner.numpy(), y.numpy(), plan.signs, plan.out_signs, *plan.arguments)
+        return layer(inner.numpy(), y.numpy(), passes, plan.signs, plan.out_signs, *plan.arguments)
     v = inner.numpy()
     if plan.signs.shape[1]:
         _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), tokens * v.shape[1])
@@ -173,12 +174,12 @@ def _into(plan: Plan, inner: Tensor, y: Tensor) -> bool:
     add = False
     if r is not None and l is not None:
         z = torch.empty(tokens, int(r.matrix[0][1]))
-        if not (_times(r, inner, z, False) and _times(l, z, y, False)):
+        if not (_times(r, inner, z, False, passes) and _times(l, z, y, False, passes)):
             return False
         add = True
     for part in (q, narrow):
         if part is not None:
-            if not _times(part, inner, y, add):
+            if not _times(part, inner, y, add, passes):
                 return False
             add = True
     if plan.out_signs.shape[1]:
@@ -187,16 +188,16 @@ def _into(plan: Plan, inner: Tensor, y: Tensor) -> bool:
     return True
 
 
-def _times(part: Part, x: Tensor, y: Tensor, add: bool) -> bool:
+def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
     """y (t, n), set or added to: a product of any number of tokens."""
     few = FEW_BY_COLUMN if part.grid in BY_COLUMN else FEW
-    if part.dear and len(x) > few:
+    if part.terms * passes > CHEAP_TERMS and len(x) > few:
         _by_tiles(part, x, y, add)
         return True
     fields, codes, words, row, col = part.matrix
     at_once = max(FEW, AT_ONCE // max(1, 16 * int(fields[2])))
     for a, b in zip(x.split(at_once), y.split(at_once), strict=True):
-        fit, tables, numbers = feed(a.numpy(), fields, col)
+        fit, tables, numbers = feed(a.numpy(), fields, col, passes)
         if not fit:
             return False
         out = b.numpy()

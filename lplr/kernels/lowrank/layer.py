@@ -105,23 +105,26 @@ def _transform(v: Any) -> None:
 
 
 @_compile
-def feed(x: Any, fields: Any, col: Any) -> Any:
-    """(fit, tables, numbers): what a product reads of x (t, whole width), its part at a matrix's columns times their scale."""
+def feed(x: Any, fields: Any, col: Any, passes: int) -> Any:
+    """(fit, tables, numbers): what a product reads of x (t, whole width), its part at a matrix's columns times their scale.
+
+    By rows in 1 or 2 passes, see `rows.prepare`; by columns in float32, one pass.
+    """
     tokens, d, first = len(x), fields[2], fields[3]
     part = x[:, first : first + d]
     if fields[0] == BY_ROW:
-        tables = np.empty((tokens, _blocks(d) * GROUPS * TABLE), np.uint8)
-        numbers = np.empty((tokens, _blocks(d) + 1), np.float32)
+        tables = np.empty((tokens, passes, _blocks(d) * GROUPS * TABLE), np.uint8)
+        numbers = np.empty((tokens, passes, _blocks(d) + 1), np.float32)
         return _prepare(part, col, tables, numbers), tables, numbers
-    numbers = np.empty((tokens, d), np.float32)
+    numbers = np.empty((tokens, 1, d), np.float32)
     for t in range(tokens):
         if len(col) == 1:
             for j in range(d):
-                numbers[t, j] = part[t, j] * col[0]
+                numbers[t, 0, j] = part[t, j] * col[0]
         else:
             for j in range(d):
-                numbers[t, j] = part[t, j] * col[j]
-    return True, np.empty((0, 0), np.uint8), numbers
+                numbers[t, 0, j] = part[t, j] * col[j]
+    return True, np.empty((0, 0, 0), np.uint8), numbers
 
 
 @_compile
@@ -130,16 +133,16 @@ def product(
 ) -> None:
     """y (t, n), set or added to, in units first .. last - 1, from what `feed` returns."""
     if fields[0] == BY_ROW:
-        planes = codes.reshape((len(codes), numbers.shape[1] - 1, fields[4], GROUPS, LANES))
+        planes = codes.reshape((len(codes), numbers.shape[2] - 1, fields[4], GROUPS, LANES))
         term = words.view(np.float32).reshape((2, len(words) // 2))
         _by_row(tables, numbers, planes, term, fields[1], row, y, add, first, last)
     else:
-        _by_column(numbers, codes, fields[4:], words, fields[1], row, y, add, first, last)
+        _by_column(numbers[:, 0], codes, fields[4:], words, fields[1], row, y, add, first, last)
 
 
 @_compile
-def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: Any, add: bool) -> bool:
-    fit, tables, numbers = feed(x, fields, col)
+def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: Any, add: bool, passes: int) -> bool:
+    fit, tables, numbers = feed(x, fields, col, passes)
     unit = TILE if fields[0] == BY_ROW else _UNIT
     if fit:
         product(tables, numbers, fields, codes, words, row, y, add, 0, (fields[1] + unit - 1) // unit)
@@ -148,7 +151,7 @@ def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: A
 
 @_compile
 def layer(
-    x: Any, y: Any, signs: Any, out_signs: Any,
+    x: Any, y: Any, passes: int, signs: Any, out_signs: Any,
     rf: Any, rc: Any, rw: Any, rr: Any, rs: Any, lf: Any, lc: Any, lw: Any, lr: Any, ls: Any,
     qf: Any, qc: Any, qw: Any, qr: Any, qs: Any, nf: Any, nc: Any, nw: Any, nr: Any, ns: Any,
 ) -> bool:  # fmt: skip
@@ -159,13 +162,13 @@ def layer(
         rotate(x, signs, False)
     if rf[0]:
         z = np.empty((len(x), rf[1]), np.float32)
-        fit = _whole(x, rf, rc, rw, rr, rs, z, False) and _whole(z, lf, lc, lw, lr, ls, y, False)
+        fit = _whole(x, rf, rc, rw, rr, rs, z, False, passes) and _whole(z, lf, lc, lw, lr, ls, y, False, passes)
         add = True
     if qf[0]:
-        fit = fit and _whole(x, qf, qc, qw, qr, qs, y, add)
+        fit = fit and _whole(x, qf, qc, qw, qr, qs, y, add, passes)
         add = True
     if nf[0]:
-        fit = fit and _whole(x, nf, nc, nw, nr, ns, y, add)
+        fit = fit and _whole(x, nf, nc, nw, nr, ns, y, add, passes)
     if out_signs.shape[1]:
         rotate(y, out_signs, True)
     return fit

@@ -6,7 +6,8 @@ transform of the levels,
     level(c) = sum over masks m of a_m prod_{k in m} s_k,        sum_j level(c_ij) x_j = sum_m a_m sum_j s^m_ij x_j,
 
 and a product of signs is the sign of an exclusive or of bits.  A uniform grid has B terms, a_m = 2^k at m = {k}, normal_float up to
-2^B.  Activations are rounded to whole numbers of at most 1023 for each 32 of them, about as finely as bfloat16 does.
+2^B.  Activations are rounded to whole numbers of at most 1023 for each 32 of them, about as finely as bfloat16 does; a second
+pass with what that leaves makes it 2^-20 of the largest, for activations of more bits.
 """
 
 from __future__ import annotations
@@ -62,35 +63,44 @@ def _interleave(codes: Any, bits: int, d: int, out: Any) -> None:
 
 @_compile
 def prepare(x: Any, col: Any, tables: Any, scales: Any) -> bool:
-    """Tables (t, blocks * GROUPS * TABLE) and scales (t, blocks + 1) of x (t, d) * col; the last scale is the sum of what they
-    stand for.  False when a number is not finite: there is no whole number for it."""
-    d = x.shape[1]
+    """Tables (t, passes, blocks * GROUPS * TABLE) and scales (t, passes, blocks + 1) of x (t, d) * col.
+
+    A second pass rounds what the first leaves.  The last scale of the first pass is the sum of what all of them stand for.
+    False when a number is not finite: there is no whole number for it.
+    """
+    d, passes, count = x.shape[1], scales.shape[1], scales.shape[2] - 1
     part, numbers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int16)
     for t in range(len(x)):
         total = np.float32(0)
-        for k in range(blocks_of(d)):
-            first, top = k * BLOCK, np.float32(0)
-            count = min(BLOCK, d - first)
-            part[:] = np.float32(0)
-            for i in range(count):
-                part[i] = x[t, first + i] * col[(first + i) % len(col)] if len(col) > 1 else x[t, first + i]
-            if len(col) == 1:
-                part *= col[0]
-            for i in range(BLOCK):
-                size = abs(part[i])
-                top = size if not size <= top else top
-            if not top < np.float32(np.inf):
-                return False
-            scale = top / np.float32(LARGEST)
-            inverse = np.float32(1) / scale if scale > np.float32(1e-37) else np.float32(0)
-            whole = np.int32(0)
-            for i in range(BLOCK):
-                numbers[i] = np.int16(np.rint(part[i] * inverse))
-                whole += numbers[i]
-            scales[t, k] = scale
-            total += np.float32(whole) * scale
-            write_tables(numbers.ctypes.data, tables.ctypes.data + (t * blocks_of(d) + k) * GROUPS * TABLE)
-        scales[t, blocks_of(d)] = total
+        for k in range(count):
+            first = k * BLOCK
+            have = min(BLOCK, d - first)
+            part[have:] = np.float32(0)
+            if len(col) > 1:
+                for i in range(have):
+                    part[i] = x[t, first + i] * col[first + i]
+            else:
+                for i in range(have):
+                    part[i] = x[t, first + i] * col[0]
+            for p in range(passes):
+                top = np.float32(0)
+                for i in range(BLOCK):
+                    size = abs(part[i])
+                    top = size if not size <= top else top
+                if not top < np.float32(np.inf):
+                    return False
+                scale = top / np.float32(LARGEST)
+                inverse = np.float32(1) / scale if scale > np.float32(1e-37) else np.float32(0)
+                whole = np.int32(0)
+                for i in range(BLOCK):
+                    number = np.rint(part[i] * inverse)
+                    part[i] -= number * scale
+                    numbers[i] = np.int16(number)
+                    whole += np.int32(number)
+                scales[t, p, k] = scale
+                total += np.float32(whole) * scale
+                write_tables(numbers.ctypes.data, tables[t, p].ctypes.data + k * GROUPS * TABLE)
+        scales[t, 0, count] = total
     return True
 
 
@@ -101,34 +111,46 @@ def blocks_of(d: int) -> int:
 
 
 @_compile
+def _exclusive(planes: Any, out: Any) -> None:
+    """out (2^B, bytes): the exclusive or of every set of planes (B, bytes)."""
+    out[0] = 0
+    for b in range(len(planes)):
+        for m in range(1 << b):
+            to, rest, plane = out[(1 << b) + m], out[m], planes[b]
+            for i in range(len(plane)):
+                to[i] = rest[i] ^ plane[i]
+
+
+@_compile
 def multiply(
     tables: Any, scales: Any, codes: Any, term: Any, n: int, row: Any, y: Any, add: bool, first: int, last: int
 ) -> None:
     """y (t, n) of row * (x C^T), set or added to, in tiles first .. last - 1, for `interleave`d codes and coefficients term."""
-    tokens, count = scales.shape[0], scales.shape[1] - 1
-    planes = codes.shape[2]
-    plane = GROUPS * LANES
-    mixed, sums = np.empty(plane, np.uint8), np.empty(TILE, np.float32)
+    tokens, passes, count = scales.shape[0], scales.shape[1], scales.shape[2] - 1
+    planes, plane = codes.shape[2], GROUPS * LANES
+    joined = term.shape[1] > planes + 1  # there are exclusive ors among the terms
+    mixed, sums = np.empty((1 << planes if joined else 1, plane), np.uint8), np.empty(TILE, np.float32)
     base = codes.ctypes.data
     for tile in range(first, last):
         rows = min(TILE, n - tile * TILE)
         for t in range(tokens):
-            sums[:] = term[1, 0] * scales[t, count]
-            table = tables.ctypes.data + t * count * GROUPS * TABLE
+            sums[:] = term[1, 0] * scales[t, 0, count]
+            table, pass_bytes = tables.ctypes.data + t * passes * count * GROUPS * TABLE, count * GROUPS * TABLE
             for k in range(count):
                 block = base + (tile * count + k) * planes * plane
+                if joined:
+                    _exclusive(codes[tile, k].reshape(planes, plane), mixed)
                 for i in range(1, term.shape[1]):
-                    m, lowest = int(term[0, i]), 0
-                    while not m >> lowest & 1:
-                        lowest += 1
-                    where = block + lowest * plane
-                    if m & (m - 1):
-                        mixed[:] = 0
-                        for b in range(planes):
-                            if m >> b & 1:
-                                mixed ^= codes[tile, k, b].reshape(plane)
-                        where = mixed.ctypes.data
-                    add_block(where, table + k * GROUPS * TABLE, scales[t, k] * term[1, i], sums.ctypes.data)
+                    m = int(term[0, i])
+                    where = mixed.ctypes.data + m * plane
+                    if not joined:
+                        lowest = 0
+                        while not m >> lowest & 1:
+                            lowest += 1
+                        where = block + lowest * plane
+                    for p in range(passes):
+                        at = table + p * pass_bytes + k * GROUPS * TABLE
+                        add_block(where, at, scales[t, p, k] * term[1, i], sums.ctypes.data)
             for i in range(rows):
                 at = tile * TILE + i
                 value = sums[i] * row[at if len(row) > 1 else 0]

@@ -163,3 +163,104 @@ def as_float(context: Any, bits: Any) -> Any:
         return b.bitcast(args[0], _F32)
 
     return types.float32(types.uint32), generate
+
+
+def _add_columns(b: Any, words: list[Any], x: Any, even: Any, odd: Any) -> None:
+    """even[k] += x_q * low half of word k, odd[k] += x_q * high half, both as bfloat16, for the 8 words of each column q."""
+    wide, whole = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
+    low, high = _load(b, even, 0, wide), _load(b, odd, 0, wide)
+    for q, word in enumerate(words):
+        one = ir.Constant(wide, ir.Undefined)
+        factor = _places(b, b.insert_element(one, _load(b, x, 4 * q, _F32), ir.Constant(_I32, 0)), [0] * 8)
+        first = b.bitcast(b.shl(word, _vector(_I32, [16] * 8)), wide)
+        second = b.bitcast(b.and_(word, ir.Constant(whole, [0xFFFF0000] * 8)), wide)
+        low = b.fadd(low, b.fmul(factor, first, flags=("contract",)), flags=("contract",))
+        high = b.fadd(high, b.fmul(factor, second, flags=("contract",)), flags=("contract",))
+    _store(b, low, even, 0)
+    _store(b, high, odd, 0)
+
+
+@intrinsic(prefer_literal=True)
+def add_windows(
+    context: Any, stream: Any, stride: Any, table: Any, x: Any, even: Any, odd: Any, up: Any, low: Any, width: Any, both: Any
+) -> Any:
+    """Sixteen rows of four columns of a trellis, added to even and odd rows' sums: see `columns.multiply`.
+
+    Addresses: of the byte that holds the lowest bit of the first window of the first column, the others `stride` bytes on; of
+    the table; of four activations; of 8 sums each.  Constants: bits a look-up, the window's place in its byte, its length,
+    whether an entry holds two rows (32 bits) or one (16).
+    """
+    if not all(isinstance(t, types.Literal) for t in (up, low, width, both)):
+        return None
+    advance, place, bits, pair = (t.literal_value for t in (up, low, width, both))
+    signature = types.void(*[types.int64] * 6, up, low, width, both)
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        stream, stride, table, x, even, odd = args[:6]
+        entry = _I32 if pair else _I16
+        base = b.inttoptr(table, entry.as_pointer())
+        words = []
+        for _ in range(4):
+            found = ir.Constant(ir.VectorType(entry, 8 if pair else 16), ir.Undefined)
+            for half in range(1 if pair else 2):
+                held = _load(b, stream, half * advance, _I64)
+                for k in range(8):
+                    window = b.and_(b.lshr(held, ir.Constant(_I64, place + advance * k)), ir.Constant(_I64, (1 << bits) - 1))
+                    value = b.load(b.gep(base, [window]))
+                    found = b.insert_element(found, value, ir.Constant(_I32, 8 * half + k))
+            words.append(b.bitcast(found, ir.VectorType(_I32, 8)))
+            stream = b.add(stream, stride)
+        _add_columns(b, words, x, even, odd)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def add_points(
+    context: Any, codes: Any, stride: Any, words: Any, x: Any, even: Any, odd: Any, size: Any, second: Any
+) -> Any:
+    """The same for a lattice of `size` bytes a vector, with the addresses of the first column's codes and of `lattice_book`.
+
+    `second`: its second stage.
+    """
+    if not all(isinstance(t, types.Literal) for t in (size, second)):
+        return None
+    width, later = size.literal_value, second.literal_value
+    signature = types.void(*[types.int64] * 6, size, second)
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        codes, stride, words, x, even, odd = args[:6]
+        four = ir.VectorType(_I32, 4)
+
+        def byte(offset: int) -> Any:
+            return b.zext(_load(b, codes, offset, _I8), _I64)
+
+        def four_words(index: Any, first: int) -> Any:
+            """Words first + 4 index .. + 3 of the book."""
+            return _load(b, b.add(words, b.shl(index, ir.Constant(_I64, 4))), 4 * first, four)
+
+        base = 4352 if later else 0  # columns.STAGE
+        columns = []
+        for _ in range(4):
+            halves = []
+            for vector in (0, 1):
+                at = vector * width + (2 if later else 0)
+                index = byte(at)
+                if later and width == 3:
+                    halves.append(four_words(index, base))
+                    continue
+                high = byte(at + 1)
+                odd_pattern = b.zext(_load(b, b.add(words, b.shl(index, ir.Constant(_I64, 2))), 4 * (base + 4096), _I32), _I64)
+                row = b.or_(high, b.shl(odd_pattern, ir.Constant(_I64, 8)))
+                chosen = b.and_(four_words(index, base + 1024), four_words(row, base + 2048))
+                minus = b.trunc(b.lshr(high, ir.Constant(_I64, 7)), _I32)
+                flip = b.mul(minus, ir.Constant(_I32, 0x80008000))
+                flips = _places(b, b.insert_element(ir.Constant(four, ir.Undefined), flip, ir.Constant(_I32, 0)), [0] * 4)
+                halves.append(b.xor(b.xor(four_words(index, base), chosen), flips))
+            columns.append(b.shuffle_vector(halves[0], halves[1], _vector(_I32, range(8))))
+            codes = b.add(codes, stride)
+        _add_columns(b, columns, x, even, odd)
+        return context.get_dummy_value()
+
+    return signature, generate
