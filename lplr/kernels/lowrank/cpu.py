@@ -17,13 +17,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lplr.kernels.levels import BY_COLUMN, narrower
+from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
 from lplr.kernels.lowrank import columns, reference, rows
 from lplr.kernels.lowrank.layer import ABSENT, BY_ROW, Matrix, feed, layer, matrix, points, product, rotate, units
 
@@ -31,8 +32,9 @@ FEW = 16  # tokens up to which a product is always made row by row, or column by
 FEW_BY_COLUMN = 4  # of the grids by columns
 CHEAP_TERMS = 2  # terms of a level up to which tables of sums beat a dense product whatever the number of tokens: measured
 AT_ONCE = 1 << 20  # points of a tile, and entries of x in tables
-WORTH_THREADS = 1 << 20  # weights times tokens of a layer: a second thread costs some 20 microseconds
-_NO_SIGNS = np.ones((2, 0), np.float32)
+DECODED = 16  # entries of one bit by rows that cost as much as one of a grid by columns: measured
+WORTH_THREADS = 1 << 23  # such entries: a second thread costs some 50 microseconds
+_NO_SIGNS, _ONE = np.ones((2, 0), np.float32), np.ones(1, np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,20 +51,26 @@ class Part:
         """Tables of sums that a group of entries needs, see `rows.terms`; by columns as good as too many."""
         return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
 
+    @property
+    def cost(self) -> int:
+        """What a token costs, in entries of one bit by rows."""
+        fields = self.matrix[0]
+        return int(fields[1] * fields[2]) * (DECODED if self.grid in BY_COLUMN else self.terms)
+
 
 @dataclass(frozen=True)
 class Plan:
     """What is made once of the tensors of a layer; valid as long as none of them changed."""
 
     key: tuple[Any, ...]
-    tensors: tuple[Tensor | None, ...]  # but for the codes it is kept by
-    versions: tuple[int, ...]
+    others: tuple[Tensor | None, ...]  # all but the one it is kept by
+    versions: list[int]
     n: int
     signs: np.ndarray
     out_signs: np.ndarray
     parts: tuple[Part | None, Part | None, Part | None, Part | None]  # R, L, Q, the narrow columns of Q
     arguments: tuple[np.ndarray, ...]
-    weights: int
+    cost: int  # of a token, in entries of a grid by rows
 
 
 _PLANS: dict[int, tuple[weakref.ref[Tensor], Plan]] = {}
@@ -95,78 +103,90 @@ def lowrank_linear(
     return y
 
 
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """How often each tensor was written to; inference tensors do not say."""
+    try:
+        return [t._version for t in tensors if t is not None]
+    except RuntimeError:
+        return [0 if t.is_inference() else t._version for t in tensors if t is not None]
 
 
 def _plan(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) -> Plan | None:
     """The plan of these tensors, made where it is missing or older than they are; None where the reference has to judge."""
-    owner = tensors[0] if tensors[0] is not None else tensors[2]
+    at = 0 if tensors[0] is not None else 2
+    owner = tensors[at]
     if owner is None:
         return None
-    key, versions = (*sizes, d), tuple(map(_version, tensors))
+    key, versions, others = (*sizes, d), _versions(tensors), tensors[:at] + tensors[at + 1 :]
     kept = _PLANS.get(id(owner))
     if kept is not None and kept[0]() is owner:
         plan = kept[1]
-        same = all(a is b or b is owner for a, b in zip(plan.tensors, tensors, strict=True))
-        if same and plan.key == key and plan.versions == versions:
+        if plan.versions == versions and plan.key == key and all(map(is_, plan.others, others)):
             return plan
-    plan = _made(key, tensors, versions, owner)
-    if plan is not None:
-        at = id(owner)
-        _PLANS[at] = (weakref.ref(owner, lambda _: _PLANS.pop(at, None)), plan)
+    made = _made(sizes, tensors, d)
+    if made is None:
+        return None
+    plan = Plan(key, others, versions, sizes[0], *made)
+    place = id(owner)
+    _PLANS[place] = (weakref.ref(owner, lambda gone: _forget(place, gone)), plan)
     return plan
 
 
-def _made(key: tuple[Any, ...], tensors: tuple[Tensor | None, ...], versions: tuple[int, ...], owner: Tensor) -> Plan | None:
-    n, rank, l_grid, r_grid, q_grid, narrow, d = key
+def _forget(place: int, gone: weakref.ref[Tensor]) -> None:
+    """Drop the plan of a tensor that is gone, unless another has taken its place."""
+    if place in _PLANS and _PLANS[place][0] is gone:
+        del _PLANS[place]
+
+
+def _made(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) -> tuple[Any, ...] | None:
+    """The fields of a plan from `signs` on; None for tensors that do not fit one another."""
+    n, rank, l_grid, r_grid, q_grid, narrow = sizes
     l, r, q, q_narrow = (None if t is None else t.detach().contiguous().numpy() for t in tensors[:4])
-    row, inner, col, q_row, q_col = (
-        np.ones(1, np.float32) if t is None else t.detach().float().contiguous().numpy() for t in tensors[4:9]
-    )
+    row, inner, col, q_row, q_col = (_ONE if t is None else t.detach().float().contiguous().numpy() for t in tensors[4:9])
     signs, out_signs = (_NO_SIGNS if t is None else t.detach().float().contiguous().numpy() for t in tensors[9:])
-    one = np.ones(1, np.float32)
-    parts: list[Part | None] = [None, None, None, None]
-
-    def part(codes: np.ndarray, shape: tuple[int, int], grid: tuple[str, float], *scales: np.ndarray, first: int = 0) -> Part:
-        return Part(matrix(codes, shape, *grid, *scales, first), codes, *grid)
-
+    found: list[tuple[np.ndarray, tuple[int, int], tuple[str, float], np.ndarray, np.ndarray, int] | None] = [None] * 4
     if l is not None and r is not None:
-        if r_grid[0] not in BY_COLUMN and r.shape[1] != (d * int(r_grid[1]) + 7) // 8:
-            return None
-        parts[0] = part(r, (rank, d), r_grid, inner, col)
-        parts[1] = part(l, (n, rank), l_grid, row, one)
+        found[:2] = (r, (rank, d), r_grid, inner, col, 0), (l, (n, rank), l_grid, row, _ONE, 0)
     if q is not None:
-        if q_grid[0] not in BY_COLUMN and q.shape[1] != ((d - narrow) * int(q_grid[1]) + 7) // 8:
-            return None
         wide_col, narrow_col = (q_col[narrow:], q_col[:narrow]) if len(q_col) > 1 else (q_col, q_col)
-        parts[2] = part(q, (n, d - narrow), q_grid, q_row, wide_col, first=narrow)
+        found[2] = (q, (n, d - narrow), q_grid, q_row, wide_col, narrow)
         if q_narrow is not None:
             lower, ratio = narrower(*q_grid)
-            parts[3] = part(q_narrow, (n, narrow), (q_grid[0], lower), q_row * np.float32(ratio), narrow_col)
-    if not any(parts):
+            found[3] = (q_narrow, (n, narrow), (q_grid[0], lower), q_row * np.float32(ratio), narrow_col, 0)
+    for codes, shape, grid, row, col, _ in filter(None, found):
+        fits = codes.shape == packed_shape(shape, *grid) and len(row) in (1, shape[0]) and len(col) in (1, shape[1])
+        if not fits or 0 in shape:
+            return None
+    if not any(found) or signs.shape[1] not in (0, d) or out_signs.shape[1] not in (0, n):
         return None
-    arguments = tuple(array for p in parts for array in (ABSENT if p is None else p.matrix))
-    weights = sum(int(p.matrix[0][1] * p.matrix[0][2]) for p in parts if p is not None)
-    kept = tuple(None if t is owner else t for t in tensors)
-    return Plan(key, kept, versions, n, signs, out_signs, (parts[0], parts[1], parts[2], parts[3]), arguments, weights)
+    parts = [None if f is None else Part(matrix(f[0], f[1], *f[2], *f[3:]), f[0], *f[2]) for f in found]
+    arguments = tuple(array for part in parts for array in (ABSENT if part is None else part.matrix))
+    return signs, out_signs, tuple(parts), arguments, sum(part.cost for part in parts if part is not None)
 
 
 def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     """y (..., n) in x's dtype; None where the tables have no number for an activation."""
-    d = x.shape[-1]
+    *lead, d = x.shape
+    tokens = x.numel() // d
+    half = x.dtype is torch.bfloat16
+    y = torch.empty(*lead, plan.n, dtype=x.dtype)
+    if tokens == 0:
+        return y
+    alone = plan.cost * tokens < WORTH_THREADS or torch.get_num_threads() == 1
+    if alone and tokens <= FEW_BY_COLUMN and x.dtype is not torch.float16 and x.is_contiguous():
+        fit = layer(x.data_ptr(), y.data_ptr(), tokens, d, plan.n, half, plan.signs, plan.out_signs, *plan.arguments)
+        return y if fit else None
     inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    tokens = len(inner)
-    y = torch.empty(tokens, plan.n)
-    if tokens and not _into(plan, inner, y, 1 if x.dtype is torch.bfloat16 else 2):
+    out = y.view(-1, plan.n)
+    found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n)
+    if not _into(plan, inner, found, 1 if half else 2):
         return None
-    return y.to(x.dtype).view(*x.shape[:-1], plan.n)
+    return y if found is out else y.copy_(found.view(y.shape))
 
 
 def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
-    tokens, threads = len(inner), torch.get_num_threads()
-    if tokens <= FEW_BY_COLUMN and (threads == 1 or plan.weights * tokens < WORTH_THREADS):
-        return layer(inner.numpy(), y.numpy(), passes, plan.signs, plan.out_signs, *plan.arguments)
+    """y (t, n) of inner (t, d), float32, overwritten; product by product, in threads."""
+    tokens = len(inner)
     v = inner.numpy()
     if plan.signs.shape[1]:
         _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), tokens * v.shape[1])
@@ -205,7 +225,7 @@ def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
         def work(first: int, last: int, tables: Any = tables, numbers: Any = numbers, out: Any = out) -> None:
             product(tables, numbers, fields, codes, words, row, out, add, first, last)
 
-        _shared(units(part.matrix), work, int(fields[1] * fields[2]) * len(a))
+        _shared(units(part.matrix), work, part.cost * len(a))
     return True
 
 
@@ -238,7 +258,7 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
         def decode(i: int, j: int, a: int = a, out: Any = out) -> None:
             columns.unpack(part.codes, fields[4:], words, out[i:j], a + i)
 
-        _shared(len(out), decode, tile.numel())
+        _shared(len(out), decode, DECODED * tile.numel())
         total.addmm_(x[:, a : a + size], tile)
     torch.mul(total, scale, out=total)
     y.copy_(y + total if add else total)

@@ -13,7 +13,7 @@ import numpy as np
 from lplr.kernels import levels, normal_float
 from lplr.kernels.backend import jit
 from lplr.kernels.lowrank import columns, rows
-from lplr.kernels.lowrank.vectors import GROUPS, LANES, TABLE, TILE
+from lplr.kernels.lowrank.vectors import GROUPS, LANES, TABLE, TILE, float_at, half_at, put_float, put_half
 
 NOTHING, BY_ROW, BY_COLUMN = 0, 1, 2
 _compile = jit("contract")
@@ -151,17 +151,25 @@ def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: A
 
 @_compile
 def layer(
-    x: Any, y: Any, passes: int, signs: Any, out_signs: Any,
+    x_at: int, y_at: int, tokens: int, d: int, n: int, half: bool, signs: Any, out_signs: Any,
     rf: Any, rc: Any, rw: Any, rr: Any, rs: Any, lf: Any, lc: Any, lw: Any, lr: Any, ls: Any,
     qf: Any, qc: Any, qw: Any, qr: Any, qs: Any, nf: Any, nc: Any, nw: Any, nr: Any, ns: Any,
 ) -> bool:  # fmt: skip
-    """y (t, n) of x (t, d), float32, x overwritten, for the matrices R, L, Q and the narrow columns of Q; False when an
-    activation is not finite and y is not to be used.  Signs (2, 0): no rotation."""
+    """y (tokens, n) of x (tokens, d), contiguous, from address to address, bfloat16 (`half`) or float32, for the matrices R, L,
+    Q and the narrow columns of Q; False when an activation is not finite and y is not written.  Signs (2, 0): no rotation.
+
+    Addresses, because to look at two arrays more would cost as much as a small layer.
+    """
+    x, y = np.empty((tokens, d), np.float32), np.empty((tokens, n), np.float32)
+    for t in range(tokens):
+        for j in range(d):
+            x[t, j] = half_at(x_at + 2 * (t * d + j)) if half else float_at(x_at + 4 * (t * d + j))
+    passes = 1 if half else 2
     fit, add = True, False
     if signs.shape[1]:
         rotate(x, signs, False)
     if rf[0]:
-        z = np.empty((len(x), rf[1]), np.float32)
+        z = np.empty((tokens, rf[1]), np.float32)
         fit = _whole(x, rf, rc, rw, rr, rs, z, False, passes) and _whole(z, lf, lc, lw, lr, ls, y, False, passes)
         add = True
     if qf[0]:
@@ -169,6 +177,14 @@ def layer(
         add = True
     if nf[0]:
         fit = fit and _whole(x, nf, nc, nw, nr, ns, y, add, passes)
+    if not fit:
+        return False
     if out_signs.shape[1]:
         rotate(y, out_signs, True)
-    return fit
+    for t in range(tokens):
+        for i in range(n):
+            if half:
+                put_half(y[t, i], y_at + 2 * (t * n + i))
+            else:
+                put_float(y[t, i], y_at + 4 * (t * n + i))
+    return True

@@ -165,6 +165,53 @@ def as_float(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
+@intrinsic
+def half_at(context: Any, address: Any) -> Any:
+    """The float32 that the two bytes at an address stand for as bfloat16."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.bitcast(b.shl(b.zext(_load(b, args[0], 0, _I16), _I32), ir.Constant(_I32, 16)), _F32)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def put_half(context: Any, value: Any, address: Any) -> Any:
+    """Write a float32 as bfloat16, rounded to nearest, ties to even."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        value, address = args
+        bits = b.bitcast(value, _I32)
+        even = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        rounded = b.lshr(b.add(b.add(bits, ir.Constant(_I32, 0x7FFF)), even), ir.Constant(_I32, 16))
+        number = b.fcmp_ordered("ord", value, value)
+        _store(b, b.trunc(b.select(number, rounded, ir.Constant(_I32, 0x7FC0)), _I16), address, 0)
+        return context.get_dummy_value()
+
+    return types.void(types.float32, types.int64), generate
+
+
+@intrinsic
+def float_at(context: Any, address: Any) -> Any:
+    """The float32 at an address."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _load(b, args[0], 0, _F32)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def put_float(context: Any, value: Any, address: Any) -> Any:
+    """Write a float32."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        _store(b, args[0], args[1], 0)
+        return context.get_dummy_value()
+
+    return types.void(types.float32, types.int64), generate
+
+
 def _add_columns(b: Any, words: list[Any], x: Any, even: Any, odd: Any) -> None:
     """even[k] += x_q * low half of word k, odd[k] += x_q * high half, both as bfloat16, for the 8 words of each column q."""
     wide, whole = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
