@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lplr.kernels.backend import form
+from lplr.kernels.backend import compiled, form
 from lplr.kernels.lowrank import op, reference
 
-__all__ = ["lowrank_linear"]
+__all__ = ["Layer", "lowrank_linear"]
 
 
 def lowrank_linear(x: Tensor, **layer: Any) -> Tensor:
@@ -26,3 +27,31 @@ def lowrank_linear(x: Tensor, **layer: Any) -> Tensor:
 
 def _differentiated(x: Tensor, layer: dict[str, Any]) -> bool:
     return x.requires_grad or any(isinstance(v, Tensor) and v.requires_grad for v in layer.values())
+
+
+class Layer:
+    """A layer's sizes, grids and tensors, looked at once: layer(x) = lowrank_linear(x, **sizes, **tensors).
+
+    For few tokens on the CPU, where looking at the arguments would cost more than the product.  `stored` are the tensors, in
+    the order given: who keeps a Layer makes another when it holds others.  A tensor that was written to is noticed.
+    """
+
+    def __init__(self, sizes: dict[str, Any], tensors: dict[str, Tensor | None]) -> None:
+        self.arguments = {**sizes, **tensors}
+        self.stored = tuple(tensors.values())
+        self._there = [t for t in self.stored if t is not None]
+        self._versions: list[int] | None = None
+        self._run: Callable[[Tensor], Tensor | None] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y (..., n) of x (..., d)."""
+        if not torch.is_grad_enabled() and x.device.type == "cpu":
+            versions = [0 if t.is_inference() else t._version for t in self._there]
+            if versions != self._versions:
+                module = compiled("lowrank")
+                self._run = None if module is None else module.prepared(x.shape[-1], **self.arguments)
+                self._versions = versions
+            y = None if self._run is None or x.dtype is torch.float64 else self._run(x)
+            if y is not None:
+                return y
+        return lowrank_linear(x, **self.arguments)

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from operator import is_
 from typing import Any
 
@@ -103,6 +103,23 @@ def lowrank_linear(
     return y
 
 
+def prepared(
+    d: int,
+    *,
+    n: int,
+    rank: int,
+    l_grid: tuple[str, float],
+    r_grid: tuple[str, float],
+    q_grid: tuple[str, float],
+    q_narrow: int,
+    **tensors: Tensor | None,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """The function x (..., d) -> y of these arguments as long as none of the tensors changes; it returns None, or there is none,
+    where the reference has to answer.  It must not be given float64."""
+    plan = _plan((n, rank, l_grid, r_grid, q_grid, q_narrow), tuple(tensors.get(name) for name in _TENSORS), d)
+    return None if plan is None else partial(_forward, plan)
+
+
 def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
     """How often each tensor was written to; inference tensors do not say."""
     try:
@@ -167,6 +184,8 @@ def _made(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) ->
 def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     """y (..., n) in x's dtype; None where the tables have no number for an activation."""
     *lead, d = x.shape
+    if d != plan.key[-1]:
+        return None
     tokens = x.numel() // d
     half = x.dtype is torch.bfloat16
     y = torch.empty(*lead, plan.n, dtype=x.dtype)
