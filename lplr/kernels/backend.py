@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -25,6 +26,9 @@ def compiled(op: str) -> ModuleType | None:
     try:
         return import_module(f"lplr.kernels.{op}.cpu")
     except ImportError:
+        if op == "lowrank":  # said of one op, where it is felt most
+            message = "numba cannot be imported, so compressed layers run as plain torch, many times slower: pip install numba"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
 
 

@@ -40,13 +40,14 @@ class Layer:
         self.arguments = {**sizes, **tensors}
         self.stored = tuple(tensors.values())
         self._there = [t for t in self.stored if t is not None]
+        self._counted = not any(t.is_inference() for t in self._there)  # inference tensors do not say when they are written to
         self._versions: list[int] | None = None
         self._run: Callable[[Tensor], Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (..., n) of x (..., d)."""
         if not torch.is_grad_enabled() and x.device.type == "cpu":
-            versions = [0 if t.is_inference() else t._version for t in self._there]
+            versions = [t._version for t in self._there] if self._counted else []
             if versions != self._versions:
                 module = compiled("lowrank")
                 self._run = None if module is None else module.prepared(x.shape[-1], **self.arguments)

@@ -83,11 +83,11 @@ def prepare(x: Any, col: Any, tables: Any, scales: Any) -> bool:
                 for i in range(have):
                     part[i] = x[t, first + i] * col[0]
             for p in range(passes):
-                top = np.float32(0)
+                top, spoiled = np.float32(0), np.float32(0)
                 for i in range(BLOCK):
-                    size = abs(part[i])
-                    top = size if not size <= top else top
-                if not top < np.float32(np.inf):
+                    top = max(top, abs(part[i]))
+                    spoiled += part[i] * np.float32(0)
+                if spoiled != 0:  # infinity or no number
                     return False
                 scale = top / np.float32(LARGEST)
                 inverse = np.float32(1) / scale if scale > np.float32(1e-37) else np.float32(0)
@@ -127,30 +127,31 @@ def multiply(
 ) -> None:
     """y (t, n) of row * (x C^T), set or added to, in tiles first .. last - 1, for `interleave`d codes and coefficients term."""
     tokens, passes, count = scales.shape[0], scales.shape[1], scales.shape[2] - 1
-    planes, plane = codes.shape[2], GROUPS * LANES
-    joined = term.shape[1] > planes + 1  # there are exclusive ors among the terms
+    planes, plane, many = codes.shape[2], GROUPS * LANES, term.shape[1] - 1
+    joined = many > planes  # there are exclusive ors among the terms
     mixed, sums = np.empty((1 << planes if joined else 1, plane), np.uint8), np.empty(TILE, np.float32)
-    base = codes.ctypes.data
+    offset, coefficient = np.empty(many, np.int64), np.empty(many, np.float32)  # of the bytes of each term; its a_m
+    for i in range(many):
+        m, lowest = int(term[0, 1 + i]), 0
+        while not m >> lowest & 1:
+            lowest += 1
+        offset[i], coefficient[i] = (m if joined else lowest) * plane, term[1, 1 + i]
+    codes_at, tables_at, mixed_at, sums_at = codes.ctypes.data, tables.ctypes.data, mixed.ctypes.data, sums.ctypes.data
+    pass_bytes = count * GROUPS * TABLE
     for tile in range(first, last):
         rows = min(TILE, n - tile * TILE)
         for t in range(tokens):
             sums[:] = term[1, 0] * scales[t, 0, count]
-            table, pass_bytes = tables.ctypes.data + t * passes * count * GROUPS * TABLE, count * GROUPS * TABLE
             for k in range(count):
-                block = base + (tile * count + k) * planes * plane
+                block = codes_at + (tile * count + k) * planes * plane
+                table = tables_at + t * passes * pass_bytes + k * GROUPS * TABLE
                 if joined:
                     _exclusive(codes[tile, k].reshape(planes, plane), mixed)
-                for i in range(1, term.shape[1]):
-                    m = int(term[0, i])
-                    where = mixed.ctypes.data + m * plane
-                    if not joined:
-                        lowest = 0
-                        while not m >> lowest & 1:
-                            lowest += 1
-                        where = block + lowest * plane
-                    for p in range(passes):
-                        at = table + p * pass_bytes + k * GROUPS * TABLE
-                        add_block(where, at, scales[t, p, k] * term[1, i], sums.ctypes.data)
+                    block = mixed_at
+                for p in range(passes):
+                    scale = scales[t, p, k]
+                    for i in range(many):
+                        add_block(block + offset[i], table + p * pass_bytes, scale * coefficient[i], sums_at)
             for i in range(rows):
                 at = tile * TILE + i
                 value = sums[i] * row[at if len(row) > 1 else 0]
