@@ -1,6 +1,7 @@
 """Decode, small batches and prefill of compressed layers on the CPU, beside dense and other packed products, in one run.
 
-    python eval/kernels/cpu.py [--threads 2] [--seconds 0.7] [--shapes NAME ..] [--ggml FOLDER] [--output eval/results/kernels_cpu.json]
+    python eval/kernels/cpu.py [--threads 2] [--seconds 0.7] [--shapes NAME ..] [--tokens 1 16 512] [--ggml FOLDER]
+        [--output eval/results/kernels_cpu.json]
 
 Every answer of ours is checked against the float64 reference before it is timed.  Times are the least of many: what the code
 takes when nothing else runs.  For each: milliseconds, the ratio to torch's bfloat16 linear of the same run, and the bytes of
@@ -89,9 +90,8 @@ def layer(n: int, d: int, name: str, g: torch.Generator) -> tuple[dict[str, Any]
         tensors |= {"col_scale": torch.rand(d, generator=g)}
     else:
         tensors |= {"q_codes": codes((n, d), grid, bits, g), "q_row_scale": torch.rand(n, generator=g)}
-    if not factors or "rotated" in name:
-        if grid in ("trellis", "lattice") or "rotated" in name:
-            tensors |= {"signs": rotation_signs(1, d), "out_signs": rotation_signs(2, n)}
+    if grid in ("trellis", "lattice") or "rotated" in name:
+        tensors |= {"signs": rotation_signs(1, d), "out_signs": rotation_signs(2, n)}
     return sizes, tensors
 
 
@@ -129,7 +129,11 @@ def dense(n: int, d: int, tokens: int, seconds: float) -> Iterator[tuple[str, in
         nibbles = torch.randint(0, 16, (n, d), dtype=torch.int32, generator=g)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
         groups = torch.rand(d // 64, n, 2, generator=g).bfloat16()
-        yield "torch int4", n * d // 2, least(lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(half, packed, 64, groups), seconds)
+        yield (
+            "torch int4",
+            n * d // 2,
+            least(lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(half, packed, 64, groups), seconds),
+        )
     with contextlib.suppress(ImportError, RuntimeError, NotImplementedError, ValueError):
         import bitsandbytes.functional as bnb
         from bitsandbytes import matmul_4bit
@@ -166,7 +170,7 @@ def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, seconds: float
     importance = torch.ones(d)
     many = 10 if tokens == 1 else 1
     for name, kind in GGML.items():
-        if d % 256 and name not in ("Q4_0", "Q8_0"):
+        if (d % 256 and name not in ("Q4_0", "Q8_0")) or (name == "IQ1_S" and tokens > 1):  # the latter takes seconds
             continue
         context = base.ggml_init(_Parameters(n * d * 2 + 64 * tokens * (n + d) + (64 << 20), None, False))
         weight = base.ggml_new_tensor_2d(context, kind, d, n)

@@ -49,7 +49,9 @@ def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
         except RuntimeError:  # no folder to write to
             return njit(**options)(function)
         # numba looks at the file of a function alone, but code of other files is compiled into it
-        kept = compiled._cache._cache_file
+        kept = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+        if kept is None:  # a numba that keeps them otherwise
+            return njit(**options)(function)
         kept._source_stamp = (kept._source_stamp, _sources())
         return compiled
 

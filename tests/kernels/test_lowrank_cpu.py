@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import platform
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +96,10 @@ def test_every_grid_on_odd_shapes(grid: tuple[str, float], n: int, d: int) -> No
                 assert distance(y, want) <= (2 if n * tokens > 30 else 20) * bound
 
 
-@pytest.mark.parametrize("grid", [("uniform", 1.0), ("uniform", 3.0), ("normal_float", 3.0), ("trellis", 2.0), ("lattice", 3.0)], ids=str)
+SOME = [("uniform", 1.0), ("uniform", 3.0), ("normal_float", 3.0), ("trellis", 2.0), ("lattice", 3.0)]
+
+
+@pytest.mark.parametrize("grid", SOME, ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_threads_change_nothing(grid: tuple[str, float], tokens: int, threads: int) -> None:
     arguments = layer(300, 130, grid, rank=70, rotated=True)
@@ -183,7 +190,8 @@ def test_terms_are_the_levels() -> None:
     levels = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     masks, a = rows.terms(levels)
     for code in range(16):
-        total = sum(float(c) * (1 if not m else 2 * (bin(int(m) & code).count("1") % 2) - 1) for m, c in zip(masks, a, strict=True))
+        signs = [1 if not m else 2 * (bin(int(m) & code).count("1") % 2) - 1 for m in masks]
+        total = sum(float(c) * s for c, s in zip(a, signs, strict=True))
         assert abs(total - levels[code]) < 1e-5  # sixteen float32
     uniform = rows.terms(torch.arange(-7.0, 8, 2, dtype=torch.float64).numpy())
     assert uniform.tolist() == [[0, 1, 2, 4], [0, 1, 2, 4]]
@@ -194,6 +202,28 @@ def test_the_widest_shuffle_is_taken() -> None:
     assert vectors.shuffle_of({"avx512bw": True, "avx2": True})[1] == 64
     assert vectors.shuffle_of({"neon": True}) == ("llvm.aarch64.neon.tbl1.v16i8", 16)
     assert vectors.shuffle_of({}) == ("", 16)
+
+
+ELSEWHERE = """
+import torch
+from kernels.test_lowrank_cpu import BOUND, SOME, cpu, distance, inputs, layer, reference, vectors
+assert vectors.SHUFFLE == SHUFFLE and vectors.LANES == 16
+for grid in SOME:
+    arguments, x = layer(75, 70, grid, rank=9, rotated=True), inputs(1, 70)
+    assert distance(cpu.lowrank_linear(x, **arguments), reference.lowrank_linear(x.double(), **arguments)) <= 2 * BOUND[x.dtype]
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="asks for processors of one kind")
+@pytest.mark.parametrize(
+    ("setting", "shuffle"),
+    [({"NUMBA_ENABLE_AVX": "0"}, "llvm.x86.ssse3.pshuf.b.128"), ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, "")],
+)
+def test_narrower_processors(setting: dict[str, str], shuffle: str, tmp_path: Path) -> None:
+    tests = Path(__file__).resolve().parents[1]
+    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **setting, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", f"SHUFFLE = {shuffle!r}\n{ELSEWHERE}"], env=environment, check=True, cwd=tests)
 
 
 def flat(arguments: dict[str, Any]) -> tuple[Any, ...]:

@@ -321,5 +321,3 @@ def code_of(grid: str, bits: float) -> tuple[np.ndarray, np.ndarray]:
     fields = np.array([0, trellis.WIDTHS.index(bits), int(2 * bits), 0], np.int64)
     fields[3] = np.array(history, np.uint64).view(np.int64)
     return fields, words
-
-

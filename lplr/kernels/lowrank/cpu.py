@@ -98,8 +98,8 @@ def lowrank_linear(
         plan = _plan(sizes, tuple(tensors.get(name) for name in _TENSORS), x.shape[-1])
     y = None if plan is None else _forward(plan, x)
     if y is None:
-        fixed: dict[str, Any] = {"n": n, "rank": rank, "l_grid": l_grid, "r_grid": r_grid, "q_grid": q_grid}
-        return reference.lowrank_linear(x, **fixed, q_narrow=q_narrow, **tensors)
+        given: dict[str, Any] = {"n": n, "rank": rank, "l_grid": l_grid, "r_grid": r_grid, "q_grid": q_grid, **tensors}
+        return reference.lowrank_linear(x, q_narrow=q_narrow, **given)
     return y
 
 

@@ -31,9 +31,7 @@ def _summed(grad: Tensor, scale: Tensor | None) -> Tensor:
     return (total if scale.numel() > 1 or len(total) == 1 else total.sum(0, keepdim=True)).to(scale.dtype)
 
 
-def _product(
-    x: Tensor, g: Tensor, C: Tensor, row: Tensor | None, col: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _product(x: Tensor, g: Tensor, C: Tensor, row: Tensor | None, col: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dx, dL/drow, dL/dcol) of one product; x (t, d), g (t, n), C (n, d)."""
     scaled = x if col is None else x * col.to(x.dtype)
     inner = (g if row is None else g * row.to(g.dtype)) @ C

@@ -5,8 +5,8 @@ transform of the levels,
 
     level(c) = sum over masks m of a_m prod_{k in m} s_k,        sum_j level(c_ij) x_j = sum_m a_m sum_j s^m_ij x_j,
 
-and a product of signs is the sign of an exclusive or of bits.  A uniform grid has B terms, a_m = 2^k at m = {k}, normal_float up to
-2^B.  Activations are rounded to whole numbers of at most 1023 for each 32 of them, about as finely as bfloat16 does; a second
+and a product of signs is the sign of an exclusive or of bits.  A uniform grid has B terms, a_m = 2^k at m = {k}, normal_float up
+to 2^B.  Activations are rounded to whole numbers of at most 1023 for each 32 of them, about as finely as bfloat16 does; a second
 pass with what that leaves makes it 2^-20 of the largest, for activations of more bits.
 """
 
@@ -23,7 +23,7 @@ _compile = jit("contract")
 
 
 def terms(levels: np.ndarray) -> np.ndarray:
-    """Masks m and coefficients a_m of levels (2^B,), float64: (2, count), float32; the first is the constant, the others not 0."""
+    """Masks m and coefficients a_m of levels (2^B,), float64: (2, count), float32; the first is the constant."""
     a = levels.astype(np.float64)
     for k in range(len(a).bit_length() - 1):
         pairs = a.reshape(-1, 2, 1 << k)
@@ -41,7 +41,7 @@ def blocks(d: int) -> int:
 
 
 def interleave(codes: np.ndarray, bits: int, d: int) -> np.ndarray:
-    """Packed codes (n, bytes) of d columns -> (tiles, blocks, bits, GROUPS, LANES) bytes: bit planes in the order of `add_block`."""
+    """Packed codes (n, bytes) of d columns -> (tiles, blocks, bits, GROUPS, LANES) bytes: bit planes for `add_block`."""
     tiles = -(-len(codes) // TILE)
     out = np.zeros((tiles, blocks(d), bits, GROUPS, LANES), np.uint8)
     _interleave(codes, bits, d, out)
@@ -122,9 +122,14 @@ def _exclusive(planes: Any, out: Any) -> None:
 
 
 @_compile
-def multiply(
-    tables: Any, scales: Any, codes: Any, term: Any, n: int, row: Any, y: Any, add: bool, first: int, last: int
-) -> None:
+def _add_signs(codes: int, tables: int, scales: Any, count: int, coefficient: float, sums: int) -> None:
+    """The blocks of a tile of signs in one pass: a loop that has to be short."""
+    for k in range(count):
+        add_block(codes + k * GROUPS * LANES, tables + k * GROUPS * TABLE, scales[k] * coefficient, sums)
+
+
+@_compile
+def multiply(tables: Any, scales: Any, codes: Any, term: Any, n: int, row: Any, y: Any, add: bool, first: int, last: int) -> None:
     """y (t, n) of row * (x C^T), set or added to, in tiles first .. last - 1, for `interleave`d codes and coefficients term."""
     tokens, passes, count = scales.shape[0], scales.shape[1], scales.shape[2] - 1
     planes, plane, many = codes.shape[2], GROUPS * LANES, term.shape[1] - 1
@@ -142,7 +147,10 @@ def multiply(
         rows = min(TILE, n - tile * TILE)
         for t in range(tokens):
             sums[:] = term[1, 0] * scales[t, 0, count]
-            for k in range(count):
+            if many == 1 and passes == 1 and not joined:
+                block = codes_at + tile * count * plane
+                _add_signs(block, tables_at + t * pass_bytes, scales[t, 0], count, coefficient[0], sums_at)
+            for k in range(count if many > 1 or passes > 1 or joined else 0):
                 block = codes_at + (tile * count + k) * planes * plane
                 table = tables_at + t * passes * pass_bytes + k * GROUPS * TABLE
                 if joined:

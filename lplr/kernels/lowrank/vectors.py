@@ -5,7 +5,7 @@ A group is four activations q_0 .. q_3, whole numbers of at most LARGEST, and it
     t(b) = sum_k (2 bit_k(b) - 1) q_k,      b = 0 .. 15,
 
 kept as 16 low bytes and then 16 high bytes.  One byte shuffle looks up a byte of `LANES` sums at once, and eight groups (a
-block, GROUPS) fit 16 bits: 8 * 4 * 1023 < 2^15.  Source: Wei et al., "T-MAC", EuroSys 2025 (the idea of tables for bits of weights).
+block, GROUPS) fit 16 bits: 8 * 4 * 1023 < 2^15.  Source: Wei et al., "T-MAC", EuroSys 2025 (tables for bits of weights).
 
 What stands here is generic LLVM but for the shuffle, for which there are AVX-512, AVX2, SSSE3 and NEON; anything else takes
 the bytes one at a time.
@@ -27,6 +27,8 @@ BLOCK = 4 * GROUPS  # activations a block
 TABLE = 32  # bytes a table
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_instruction: Any = intrinsic  # its first parameter is numba's, not the caller's
+_config: Any = config
 _SHUFFLES = {  # feature of the processor -> (LLVM's name of a byte shuffle, bytes)
     "avx512bw": ("llvm.x86.avx512.pshuf.b.512", 64),
     "avx2": ("llvm.x86.avx2.pshuf.b", 32),
@@ -42,11 +44,11 @@ def shuffle_of(features: dict[str, bool]) -> tuple[str, int]:
 
 def _host() -> tuple[str, int]:
     features = dict(llvm.get_host_cpu_features())
-    if config.CPU_FEATURES is not None:  # numba was told to compile for another processor
-        features = {name[1:]: name[0] == "+" for name in config.CPU_FEATURES.split(",") if name}
-    elif config.CPU_NAME == "generic":
+    if _config.CPU_FEATURES is not None:  # numba was told to compile for another processor
+        features = {name[1:]: name[0] == "+" for name in _config.CPU_FEATURES.split(",") if name}
+    elif _config.CPU_NAME == "generic":
         features = {}
-    if not config.ENABLE_AVX:
+    if not _config.ENABLE_AVX:
         features = {name: on and not name.startswith("avx") for name, on in features.items()}
     return shuffle_of(features)
 
@@ -87,7 +89,7 @@ def _look_up(b: Any, table: Any, index: Any) -> Any:
     return out
 
 
-@intrinsic
+@_instruction
 def add_block(context: Any, codes: Any, tables: Any, scale: Any, sums: Any) -> Any:
     """sums[i] += scale * sum over the block's groups g of table_g[code_g of row i], for the TILE rows i of a tile.
 
@@ -125,7 +127,7 @@ def add_block(context: Any, codes: Any, tables: Any, scale: Any, sums: Any) -> A
     return types.void(types.int64, types.int64, types.float32, types.int64), generate
 
 
-@intrinsic
+@_instruction
 def write_tables(context: Any, numbers: Any, tables: Any) -> Any:
     """The GROUPS tables of a block from its BLOCK whole numbers, int16; both addresses."""
 
@@ -145,7 +147,7 @@ def write_tables(context: Any, numbers: Any, tables: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic
+@_instruction
 def load64(context: Any, address: Any) -> Any:
     """The eight bytes at an address, little-endian."""
 
@@ -155,7 +157,7 @@ def load64(context: Any, address: Any) -> Any:
     return types.uint64(types.int64), generate
 
 
-@intrinsic
+@_instruction
 def as_float(context: Any, bits: Any) -> Any:
     """The float32 of these 32 bits."""
 
@@ -165,7 +167,7 @@ def as_float(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
-@intrinsic
+@_instruction
 def half_at(context: Any, address: Any) -> Any:
     """The float32 that the two bytes at an address stand for as bfloat16."""
 
@@ -175,7 +177,7 @@ def half_at(context: Any, address: Any) -> Any:
     return types.float32(types.int64), generate
 
 
-@intrinsic
+@_instruction
 def put_half(context: Any, value: Any, address: Any) -> Any:
     """Write a float32 as bfloat16, rounded to nearest, ties to even."""
 
@@ -191,7 +193,7 @@ def put_half(context: Any, value: Any, address: Any) -> Any:
     return types.void(types.float32, types.int64), generate
 
 
-@intrinsic
+@_instruction
 def float_at(context: Any, address: Any) -> Any:
     """The float32 at an address."""
 
@@ -201,7 +203,7 @@ def float_at(context: Any, address: Any) -> Any:
     return types.float32(types.int64), generate
 
 
-@intrinsic
+@_instruction
 def put_float(context: Any, value: Any, address: Any) -> Any:
     """Write a float32."""
 
@@ -227,7 +229,7 @@ def _add_columns(b: Any, words: list[Any], x: Any, even: Any, odd: Any) -> None:
     _store(b, high, odd, 0)
 
 
-@intrinsic(prefer_literal=True)
+@_instruction(prefer_literal=True)
 def add_windows(
     context: Any, stream: Any, stride: Any, table: Any, x: Any, even: Any, odd: Any, up: Any, low: Any, width: Any, both: Any
 ) -> Any:
@@ -263,10 +265,8 @@ def add_windows(
     return signature, generate
 
 
-@intrinsic(prefer_literal=True)
-def add_points(
-    context: Any, codes: Any, stride: Any, words: Any, x: Any, even: Any, odd: Any, size: Any, second: Any
-) -> Any:
+@_instruction(prefer_literal=True)
+def add_points(context: Any, codes: Any, stride: Any, words: Any, x: Any, even: Any, odd: Any, size: Any, second: Any) -> Any:
     """The same for a lattice of `size` bytes a vector, with the addresses of the first column's codes and of `lattice_book`.
 
     `second`: its second stage.
