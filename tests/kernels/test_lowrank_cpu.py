@@ -162,6 +162,15 @@ def test_a_written_tensor_is_noticed() -> None:
         torch.testing.assert_close(cpu.lowrank_linear(x, **arguments), -2 * before, rtol=1e-5, atol=1e-4)
 
 
+def test_fake_tensors_pass() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    arguments, x = layer(40, 50, ("uniform", 1.0)), inputs(2, 3, 50)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        y = lowrank.lowrank_linear(mode.from_tensor(x), **arguments)
+    assert y.shape == (2, 3, 40)
+
+
 def test_what_is_made_of_a_tensor_goes_with_it() -> None:
     arguments = layer(40, 50, ("uniform", 1.0))
     cpu.lowrank_linear(inputs(1, 50), **arguments)

@@ -20,7 +20,8 @@ def lowrank_linear(x: Tensor, **layer: Any) -> Tensor:
     Through the op lplr::lowrank_linear where something is to be compiled or differentiated, else straight to the form that
     serves x: the op costs more than a small layer.  float64 is for checks, and left to autograd.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _differentiated(x, layer)):
+    # a subclass, such as a fake tensor, may hold no numbers to look at
+    if torch.compiler.is_compiling() or type(x) is not Tensor or (torch.is_grad_enabled() and _differentiated(x, layer)):
         return op.lowrank_linear(x, **layer) if x.dtype != torch.float64 else reference.lowrank_linear(x, **layer)
     return form("lowrank", reference, x).lowrank_linear(x, **layer)
 
@@ -46,12 +47,12 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (..., n) of x (..., d)."""
-        if not torch.is_grad_enabled() and x.device.type == "cpu":
+        if not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == "cpu":
             versions = [t._version for t in self._there] if self._counted else []
             if versions != self._versions:
                 module = compiled("lowrank")
                 self._run = None if module is None else module.prepared(x.shape[-1], **self.arguments)
-                self._versions = versions
+                self._versions = versions if self._run is not None else None
             y = None if self._run is None or x.dtype is torch.float64 else self._run(x)
             if y is not None:
                 return y

@@ -12,6 +12,7 @@ themselves stay as they are.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -286,6 +287,10 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="lplr")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its threads
 
 
 def _shared(pieces: int, work: Callable[[int, int], None], cost: int) -> None:
