@@ -1,6 +1,6 @@
 """Decode, small batches and prefill of compressed layers on the CPU, beside dense and other packed products, in one run.
 
-    python eval/kernels/cpu.py [--threads 2] [--seconds 0.7] [--shapes NAME ..] [--tokens 1 16 512] [--ggml FOLDER]
+    python eval/kernels/cpu.py [--threads 2] [--seconds 0.3] [--rounds 3] [--shapes NAME ..] [--tokens 1 16 512] [--ggml FOLDER]
         [--output eval/results/kernels_cpu.json]
 
 Every answer of ours is checked against the float64 reference before it is timed.  Times are the least of many: what the code
@@ -17,9 +17,11 @@ import argparse
 import contextlib
 import ctypes
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,9 @@ OURS = {
 }
 BOUND = 2.0**-9 + 3e-3  # the result is bfloat16; activations are rounded about as finely, twice for two factors
 GGML = {"Q4_0": 2, "Q8_0": 8, "Q2_K": 10, "TQ1_0": 34, "TQ2_0": 35, "IQ1_S": 19, "IQ2_XXS": 16}  # enum ggml_type
+
+
+Case = tuple[str, int, Callable[[], Any], int]  # name, bytes of weights, a call, how many products it makes
 
 
 def least(run: Callable[[], Any], seconds: float) -> float:
@@ -95,8 +100,8 @@ def layer(n: int, d: int, name: str, g: torch.Generator) -> tuple[dict[str, Any]
     return sizes, tensors
 
 
-def ours(n: int, d: int, tokens: int, seconds: float) -> Iterator[tuple[str, int, float]]:
-    """(name, bytes of codes, milliseconds) of each format, checked first."""
+def ours(n: int, d: int, tokens: int) -> Iterator[Case]:
+    """The case of each of our formats, checked first."""
     g = torch.Generator().manual_seed(n + d)
     x = torch.randn(tokens, d, generator=g).bfloat16()
     for name in OURS:
@@ -110,43 +115,45 @@ def ours(n: int, d: int, tokens: int, seconds: float) -> Iterator[tuple[str, int
         if not error <= BOUND:
             raise SystemExit(f"{name} is wrong by {error:.2e} at {n} x {d}: no speed of a wrong answer")
         size = sum(t.numel() for k, t in tensors.items() if t is not None and k.endswith("codes"))
-        yield name, size, least(lambda product=product: product(x), seconds)
+        yield name, size, partial(product, x), 1
 
 
-def dense(n: int, d: int, tokens: int, seconds: float) -> Iterator[tuple[str, int, float]]:
+def dense(n: int, d: int, tokens: int) -> Iterator[Case]:
     """The same of torch's products, and bitsandbytes'."""
     g = torch.Generator().manual_seed(n)
     x, W = torch.randn(tokens, d, generator=g), torch.randn(n, d, generator=g)
     half, W_half = x.bfloat16(), W.bfloat16()
     linear = torch.nn.functional.linear
-    yield "torch bfloat16", 2 * n * d, least(lambda: linear(half, W_half), seconds)
-    yield "torch float32", 4 * n * d, least(lambda: linear(x, W), seconds)
+    yield "torch bfloat16", 2 * n * d, lambda: linear(half, W_half), 1
+    yield "torch float32", 4 * n * d, lambda: linear(x, W), 1
     scale = (W.abs().amax(1) / 127).bfloat16()
     W8 = (W / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
     with contextlib.suppress(RuntimeError, NotImplementedError):
-        yield "torch int8", n * d, least(lambda: torch.ops.aten._weight_int8pack_mm(half, W8, scale), seconds)
+        int8 = partial(torch.ops.aten._weight_int8pack_mm, half, W8, scale)
+        int8()
+        yield "torch int8", n * d, int8, 1
     with contextlib.suppress(RuntimeError, NotImplementedError):
         nibbles = torch.randint(0, 16, (n, d), dtype=torch.int32, generator=g)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
         groups = torch.rand(d // 64, n, 2, generator=g).bfloat16()
-        yield (
-            "torch int4",
-            n * d // 2,
-            least(lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(half, packed, 64, groups), seconds),
-        )
+        int4 = partial(torch.ops.aten._weight_int4pack_mm_for_cpu, half, packed, 64, groups)
+        int4()
+        yield "torch int4", n * d // 2, int4, 1
     with contextlib.suppress(ImportError, RuntimeError, NotImplementedError, ValueError):
         import bitsandbytes.functional as bnb
         from bitsandbytes import matmul_4bit
 
         quantized, state = bnb.quantize_4bit(W_half, quant_type="nf4")
-        yield "bitsandbytes NF4", n * d // 2, least(lambda: matmul_4bit(half, quantized.t(), quant_state=state), seconds)
+        nf4 = partial(matmul_4bit, half, quantized.t(), quant_state=state)
+        nf4()
+        yield "bitsandbytes NF4", n * d // 2, nf4, 1
 
 
 class _Parameters(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
-def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, seconds: float) -> Iterator[tuple[str, int, float]]:
+def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, open_ones: contextlib.ExitStack) -> Iterator[Case]:
     """The same of ggml's products: a graph of several, so that starting its threads is paid once for all."""
     base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
     cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
@@ -172,7 +179,8 @@ def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, seconds: float
     for name, kind in GGML.items():
         if (d % 256 and name not in ("Q4_0", "Q8_0")) or (name == "IQ1_S" and tokens > 1):  # the latter takes seconds
             continue
-        context = base.ggml_init(_Parameters(n * d * 2 + 64 * tokens * (n + d) + (64 << 20), None, False))
+        context = base.ggml_init(_Parameters(n * d * 5 // 4 + 64 * tokens * (n + d) + (128 << 20), None, False))
+        open_ones.callback(base.ggml_free, context)
         weight = base.ggml_new_tensor_2d(context, kind, d, n)
         given = base.ggml_new_tensor_2d(context, 0, d, tokens)
         ctypes.memmove(base.ggml_get_data(given), x.data_ptr(), 4 * x.numel())
@@ -190,16 +198,16 @@ def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, seconds: float
         want = x @ W[: min(n, 256)].T
         error = float((found[:, : want.shape[1]] - want).norm() / want.norm())
         assert error < 1.0, f"ggml {name} is wrong by {error}"  # low widths of random weights are off by half
-        run = lambda c=context, g=graph: cpu.ggml_graph_compute_with_ctx(c, g, threads)  # noqa: E731
-        yield f"ggml {name}", base.ggml_nbytes(weight), least(run, seconds) / many
-        base.ggml_free(context)
+        compute = partial(cpu.ggml_graph_compute_with_ctx, context, graph, threads)
+        yield f"ggml {name}", base.ggml_nbytes(weight), compute, many
 
 
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.7)
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--ggml", type=Path)
@@ -213,14 +221,21 @@ def main() -> None:
     for shape in args.shapes:
         n, d = SHAPES[shape]
         for tokens in args.tokens:
-            found = [*dense(n, d, tokens, args.seconds), *ours(n, d, tokens, args.seconds)]
-            if args.ggml:
-                found += ggml(args.ggml, n, d, tokens, args.threads, args.seconds)
+            with contextlib.ExitStack() as open_ones:
+                cases = [*dense(n, d, tokens), *ours(n, d, tokens)]
+                if args.ggml:
+                    cases += ggml(args.ggml, n, d, tokens, args.threads, open_ones)
+                # in rounds, so that a change of the machine's load meets all of them
+                times = [[least(run, args.seconds) / many for _, _, run, many in cases] for _ in range(args.rounds)]
+            found = [
+                (name, size, min(all_times))
+                for (name, size, _, _), all_times in zip(cases, zip(*times, strict=True), strict=True)
+            ]
             base = found[0][2]
             for name, size, ms in found:
                 ratio, share = base / ms, size / ms * 1e3 / reading
                 row = {"shape": shape, "n": n, "d": d, "tokens": tokens, "format": name, "ms": ms, "times_bfloat16": ratio}
-                table.append(row | {"bits_per_weight": 8 * size / (n * d), "of_bandwidth": share})
+                table.append(row | {"bits_per_weight": 8 * size / (n * d), "of_bandwidth": share, "load": os.getloadavg()[0]})
                 print(f"{shape:22} {tokens:4} {name:34} {ms:9.3f} ms  {ratio:6.2f} x bf16  {share:5.2f} of bandwidth", flush=True)
             if args.output:
                 about = {"bandwidth": reading, "threads": args.threads, "torch": torch.__version__, "cpu": platform.processor()}

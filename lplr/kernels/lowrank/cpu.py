@@ -34,7 +34,7 @@ FEW_BY_COLUMN = 4  # of the grids by columns
 CHEAP_TERMS = 2  # terms of a level up to which tables of sums beat a dense product whatever the number of tokens: measured
 AT_ONCE = 1 << 20  # points of a tile, and entries of x in tables
 DECODED = 16  # entries of one bit by rows that cost as much as one of a grid by columns: measured
-WORTH_THREADS = 1 << 23  # such entries: a second thread costs some 50 microseconds
+WORTH_THREADS = 1 << 25  # such entries, some 0.3 ms: to share a product and wait for the other half costs up to 0.1 ms
 _NO_SIGNS, _ONE = np.ones((2, 0), np.float32), np.ones(1, np.float32)
 
 
