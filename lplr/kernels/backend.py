@@ -5,10 +5,13 @@ LPLR_BACKEND=reference in the environment asks for the plain torch forms everywh
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +26,9 @@ def compiled(op: str) -> ModuleType | None:
     try:
         return import_module(f"lplr.kernels.{op}.cpu")
     except ImportError:
+        if op == "lowrank":  # said of one op, where it is felt most
+            message = "numba cannot be imported, so compressed layers run as plain torch, many times slower: pip install numba"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
         return None
 
 
@@ -39,8 +45,23 @@ def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, **options)(function)
+            compiled = njit(cache=True, **options)(function)
         except RuntimeError:  # no folder to write to
             return njit(**options)(function)
+        # numba looks at the file of a function alone, but code of other files is compiled into it
+        kept = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+        if kept is None:  # a numba that keeps them otherwise
+            return njit(**options)(function)
+        kept._source_stamp = (kept._source_stamp, _sources())
+        return compiled
 
     return decorate
+
+
+@cache
+def _sources() -> str:
+    """A digest of the sources of every kernel: what was compiled from others is compiled again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from lplr.errors import CheckpointError
 from lplr.factor.factorization import Factorization, Format
 from lplr.kernels.hadamard import rotation_signs
-from lplr.kernels.lowrank import lowrank_linear
+from lplr.kernels.lowrank import Layer, lowrank_linear
 
 
 class LowRankLinear(nn.Module):
@@ -36,9 +38,22 @@ class LowRankLinear(nn.Module):
         self.out_features, self.in_features = fmt.shape
         self.dtype = dtype if dtype is not None else torch.get_default_dtype()
         # no buffers: they are derived from the seeds, and small enough to follow x to its device
-        self._signs = rotation_signs(fmt.rotation, self.in_features) if fmt.rotation else None
-        self._out_signs = rotation_signs(fmt.output_rotation, self.out_features) if fmt.output_rotation else None
-        for name, (shape, stored) in fmt.layout().items():
+        self._rotations = {
+            "signs": rotation_signs(fmt.rotation, self.in_features) if fmt.rotation else None,
+            "out_signs": rotation_signs(fmt.output_rotation, self.out_features) if fmt.output_rotation else None,
+        }
+        self._sizes = {
+            "n": self.out_features,
+            "rank": fmt.rank,
+            "l_grid": (fmt.l_grid, fmt.l_bits),
+            "r_grid": (fmt.r_grid, fmt.r_bits),
+            "q_grid": (fmt.q_grid, fmt.q_bits),
+            "q_narrow": fmt.q_narrow,
+        }
+        self._layer: Layer | None = None
+        layout = fmt.layout()
+        self._names = tuple(layout)
+        for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.zeros(shape, dtype=stored, device=device))
         self.bias: nn.Parameter | None
         if bias:
@@ -69,7 +84,7 @@ class LowRankLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Name -> stored tensor, in the order of `Format.layout`."""
-        return {name: self._buffers[name] for name in self.format.layout()}  # type: ignore[misc]
+        return {name: self._buffers[name] for name in self._names}  # type: ignore[misc]
 
     @property
     def factorization(self) -> Factorization:
@@ -86,20 +101,19 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., n) in x's dtype."""
-        fmt = self.format
-        y = lowrank_linear(
-            x,
-            n=self.out_features,
-            rank=fmt.rank,
-            l_grid=(fmt.l_grid, fmt.l_bits),
-            r_grid=(fmt.r_grid, fmt.r_bits),
-            q_grid=(fmt.q_grid, fmt.q_bits),
-            q_narrow=fmt.q_narrow,
-            signs=self._signs,
-            out_signs=self._out_signs,
-            **self.stored(),
-        )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if torch.compiler.is_compiling():
+            y = lowrank_linear(x, **self._sizes, **self.stored(), **self._rotations)
+        else:
+            layer = self._layer
+            if layer is None or not all(map(is_, layer.stored, self._buffers.values())):
+                layer = self._layer = Layer(self._sizes, {**self.stored(), **self._rotations})
+            y = layer(x)
+        bias = self._parameters["bias"]  # what looks like self.bias is a search, as long as a small product
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made of the stored tensors to multiply with them."""
+        return {**self.__dict__, "_layer": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRankLinear:
         """Move the stored tensors without casting them; note the dtype that the rest of the model was cast to."""

@@ -1,0 +1,303 @@
+"""`reference.lowrank_linear` on the CPU, compiled by numba, for float32, bfloat16 and float16; float64 is left to the reference.
+
+Few tokens: matrices by rows as sums looked up in tables (`rows`), matrices by columns decoded a stretch at a time (`columns`), a
+whole layer in one call (`layer`) or, where the work is worth it, one product at a time in torch.get_num_threads() threads.
+Many tokens: the same tables for grids of one or two bits, which beat a dense product; else tiles of at most AT_ONCE points, never
+the whole matrix, times x by torch.  Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of
+bfloat16, at twice the time.  Where an activation is not finite the reference answers.
+
+What the products read is made of the stored tensors once and kept beside them as long as they live (`_PLANS`); the tensors
+themselves stay as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
+from lplr.kernels.lowrank import columns, reference, rows
+from lplr.kernels.lowrank.layer import ABSENT, BY_ROW, Matrix, feed, layer, matrix, points, product, rotate, units
+
+FEW = 16  # tokens up to which a product is always made row by row, or column by column
+FEW_BY_COLUMN = 4  # of the grids by columns
+CHEAP_TERMS = 2  # terms of a level up to which tables of sums beat a dense product whatever the number of tokens: measured
+AT_ONCE = 1 << 20  # points of a tile, and entries of x in tables
+DECODED = 16  # entries of one bit by rows that cost as much as one of a grid by columns: measured
+WORTH_THREADS = 1 << 25  # such entries, some 0.3 ms: to share a product and wait for the other half costs up to 0.1 ms
+_NO_SIGNS, _ONE = np.ones((2, 0), np.float32), np.ones(1, np.float32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A packed matrix: as the products read it, and as it is stored."""
+
+    matrix: Matrix
+    codes: np.ndarray
+    grid: str
+    bits: float
+
+    @property
+    def terms(self) -> int:
+        """Tables of sums that a group of entries needs, see `rows.terms`; by columns as good as too many."""
+        return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
+
+    @property
+    def cost(self) -> int:
+        """What a token costs, in entries of one bit by rows."""
+        fields = self.matrix[0]
+        return int(fields[1] * fields[2]) * (DECODED if self.grid in BY_COLUMN else self.terms)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is made once of the tensors of a layer; valid as long as none of them changed."""
+
+    key: tuple[Any, ...]
+    others: tuple[Tensor | None, ...]  # all but the one it is kept by
+    versions: list[int]
+    n: int
+    signs: np.ndarray
+    out_signs: np.ndarray
+    parts: tuple[Part | None, Part | None, Part | None, Part | None]  # R, L, Q, the narrow columns of Q
+    arguments: tuple[np.ndarray, ...]
+    cost: int  # of a token, in entries of a grid by rows
+
+
+_PLANS: dict[int, tuple[weakref.ref[Tensor], Plan]] = {}
+_TENSORS = (
+    "l_codes", "r_codes", "q_codes", "q_narrow_codes", "row_scale", "rank_scale", "col_scale", "q_row_scale", "q_col_scale",
+    "signs", "out_signs",
+)  # fmt: skip
+
+
+def lowrank_linear(
+    x: Tensor,
+    *,
+    n: int = 0,
+    rank: int = 0,
+    l_grid: tuple[str, float] = ("uniform", 0),
+    r_grid: tuple[str, float] = ("uniform", 0),
+    q_grid: tuple[str, float] = ("uniform", 0),
+    q_narrow: int = 0,
+    **tensors: Tensor | None,
+) -> Tensor:
+    """See `reference.lowrank_linear`."""
+    sizes = (n, rank, l_grid, r_grid, q_grid, q_narrow)
+    plan = None
+    if x.dtype is not torch.float64:
+        plan = _plan(sizes, tuple(tensors.get(name) for name in _TENSORS), x.shape[-1])
+    y = None if plan is None else _forward(plan, x)
+    if y is None:
+        given: dict[str, Any] = {"n": n, "rank": rank, "l_grid": l_grid, "r_grid": r_grid, "q_grid": q_grid, **tensors}
+        return reference.lowrank_linear(x, q_narrow=q_narrow, **given)
+    return y
+
+
+def prepared(
+    d: int,
+    *,
+    n: int,
+    rank: int,
+    l_grid: tuple[str, float],
+    r_grid: tuple[str, float],
+    q_grid: tuple[str, float],
+    q_narrow: int,
+    **tensors: Tensor | None,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """The function x (..., d) -> y of these arguments as long as none of the tensors changes; it returns None, or there is none,
+    where the reference has to answer.  It must not be given float64."""
+    plan = _plan((n, rank, l_grid, r_grid, q_grid, q_narrow), tuple(tensors.get(name) for name in _TENSORS), d)
+    return None if plan is None else partial(_forward, plan)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
+    """How often each tensor was written to; inference tensors do not say."""
+    try:
+        return [t._version for t in tensors if t is not None]
+    except RuntimeError:
+        return [0 if t.is_inference() else t._version for t in tensors if t is not None]
+
+
+def _plan(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) -> Plan | None:
+    """The plan of these tensors, made where it is missing or older than they are; None where the reference has to judge."""
+    at = 0 if tensors[0] is not None else 2
+    owner = tensors[at]
+    if owner is None:
+        return None
+    key, versions, others = (*sizes, d), _versions(tensors), tensors[:at] + tensors[at + 1 :]
+    kept = _PLANS.get(id(owner))
+    if kept is not None and kept[0]() is owner:
+        plan = kept[1]
+        if plan.versions == versions and plan.key == key and all(map(is_, plan.others, others)):
+            return plan
+    made = _made(sizes, tensors, d)
+    if made is None:
+        return None
+    plan = Plan(key, others, versions, sizes[0], *made)
+    place = id(owner)
+    _PLANS[place] = (weakref.ref(owner, lambda gone: _forget(place, gone)), plan)
+    return plan
+
+
+def _forget(place: int, gone: weakref.ref[Tensor]) -> None:
+    """Drop the plan of a tensor that is gone, unless another has taken its place."""
+    if place in _PLANS and _PLANS[place][0] is gone:
+        del _PLANS[place]
+
+
+def _made(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) -> tuple[Any, ...] | None:
+    """The fields of a plan from `signs` on; None for tensors that do not fit one another."""
+    n, rank, l_grid, r_grid, q_grid, narrow = sizes
+    l, r, q, q_narrow = (None if t is None else t.detach().contiguous().numpy() for t in tensors[:4])
+    row, inner, col, q_row, q_col = (_ONE if t is None else t.detach().float().contiguous().numpy() for t in tensors[4:9])
+    signs, out_signs = (_NO_SIGNS if t is None else t.detach().float().contiguous().numpy() for t in tensors[9:])
+    found: list[tuple[np.ndarray, tuple[int, int], tuple[str, float], np.ndarray, np.ndarray, int] | None] = [None] * 4
+    if l is not None and r is not None:
+        found[:2] = (r, (rank, d), r_grid, inner, col, 0), (l, (n, rank), l_grid, row, _ONE, 0)
+    if q is not None:
+        wide_col, narrow_col = (q_col[narrow:], q_col[:narrow]) if len(q_col) > 1 else (q_col, q_col)
+        found[2] = (q, (n, d - narrow), q_grid, q_row, wide_col, narrow)
+        if q_narrow is not None:
+            lower, ratio = narrower(*q_grid)
+            found[3] = (q_narrow, (n, narrow), (q_grid[0], lower), q_row * np.float32(ratio), narrow_col, 0)
+    for codes, shape, grid, row, col, _ in filter(None, found):
+        fits = codes.shape == packed_shape(shape, *grid) and len(row) in (1, shape[0]) and len(col) in (1, shape[1])
+        if not fits or 0 in shape:
+            return None
+    if not any(found) or signs.shape[1] not in (0, d) or out_signs.shape[1] not in (0, n):
+        return None
+    parts = [None if f is None else Part(matrix(f[0], f[1], *f[2], *f[3:]), f[0], *f[2]) for f in found]
+    arguments = tuple(array for part in parts for array in (ABSENT if part is None else part.matrix))
+    return signs, out_signs, tuple(parts), arguments, sum(part.cost for part in parts if part is not None)
+
+
+def _forward(plan: Plan, x: Tensor) -> Tensor | None:
+    """y (..., n) in x's dtype; None where the tables have no number for an activation."""
+    *lead, d = x.shape
+    if d != plan.key[-1]:
+        return None
+    tokens = x.numel() // d
+    half = x.dtype is torch.bfloat16
+    y = torch.empty(*lead, plan.n, dtype=x.dtype)
+    if tokens == 0:
+        return y
+    alone = plan.cost * tokens < WORTH_THREADS or torch.get_num_threads() == 1
+    if alone and tokens <= FEW_BY_COLUMN and x.dtype is not torch.float16 and x.is_contiguous():
+        fit = layer(x.data_ptr(), y.data_ptr(), tokens, d, plan.n, half, plan.signs, plan.out_signs, *plan.arguments)
+        return y if fit else None
+    inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    out = y.view(-1, plan.n)
+    found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n)
+    if not _into(plan, inner, found, 1 if half else 2):
+        return None
+    return y if found is out else y.copy_(found.view(y.shape))
+
+
+def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
+    """y (t, n) of inner (t, d), float32, overwritten; product by product, in threads."""
+    tokens = len(inner)
+    v = inner.numpy()
+    if plan.signs.shape[1]:
+        _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), tokens * v.shape[1])
+    r, l, q, narrow = plan.parts
+    add = False
+    if r is not None and l is not None:
+        z = torch.empty(tokens, int(r.matrix[0][1]))
+        if not (_times(r, inner, z, False, passes) and _times(l, z, y, False, passes)):
+            return False
+        add = True
+    for part in (q, narrow):
+        if part is not None:
+            if not _times(part, inner, y, add, passes):
+                return False
+            add = True
+    if plan.out_signs.shape[1]:
+        w = y.numpy()
+        _shared(tokens, lambda a, b: rotate(w[a:b], plan.out_signs, True), tokens * w.shape[1])
+    return True
+
+
+def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
+    """y (t, n), set or added to: a product of any number of tokens."""
+    few = FEW_BY_COLUMN if part.grid in BY_COLUMN else FEW
+    if part.terms * passes > CHEAP_TERMS and len(x) > few:
+        _by_tiles(part, x, y, add)
+        return True
+    fields, codes, words, row, col = part.matrix
+    at_once = max(FEW, AT_ONCE // max(1, 16 * int(fields[2])))
+    for a, b in zip(x.split(at_once), y.split(at_once), strict=True):
+        fit, tables, numbers = feed(a.numpy(), fields, col, passes)
+        if not fit:
+            return False
+        out = b.numpy()
+
+        def work(first: int, last: int, tables: Any = tables, numbers: Any = numbers, out: Any = out) -> None:
+            product(tables, numbers, fields, codes, words, row, out, add, first, last)
+
+        _shared(units(part.matrix), work, part.cost * len(a))
+    return True
+
+
+def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
+    """The same by dense products with tiles of points."""
+    fields, _, words, row, col = part.matrix
+    n, d, first = (int(f) for f in fields[1:4])
+    x = x[:, first : first + d]
+    if len(col) > 1 or col[0] != 1:
+        x = x * torch.from_numpy(col)
+    scale = torch.from_numpy(row)
+    if fields[0] == BY_ROW:
+        level, size = points(part.grid, part.bits), max(16, AT_ONCE // d)
+        for a in range(0, n, size):
+            tile = torch.empty(min(size, n - a), d)
+            out = tile.numpy()
+
+            def work(i: int, j: int, a: int = a, out: Any = out) -> None:
+                rows.unpack(part.codes, int(part.bits), level, out[i:j], a + i)
+
+            _shared(len(out), work, tile.numel())
+            found = (x @ tile.T) * (scale[a : a + size] if len(scale) > 1 else scale)
+            y[:, a : a + size] = y[:, a : a + size] + found if add else found
+        return
+    total, size = torch.zeros(len(x), n), max(16, AT_ONCE // n)
+    for a in range(0, d, size):
+        tile = torch.empty(min(size, d - a), n)
+        out = tile.numpy()
+
+        def decode(i: int, j: int, a: int = a, out: Any = out) -> None:
+            columns.unpack(part.codes, fields[4:], words, out[i:j], a + i)
+
+        _shared(len(out), decode, DECODED * tile.numel())
+        total.addmm_(x[:, a : a + size], tile)
+    torch.mul(total, scale, out=total)
+    y.copy_(y + total if add else total)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="lplr")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its threads
+
+
+def _shared(pieces: int, work: Callable[[int, int], None], cost: int) -> None:
+    """work(first, last) on all pieces, in torch.get_num_threads() threads where there is enough of it; this one is the first."""
+    threads = min(torch.get_num_threads(), pieces) if cost >= WORTH_THREADS else 1
+    edges = [pieces * i // threads for i in range(threads + 1)]
+    waiting = [_pool().submit(work, *pair) for pair in zip(edges[1:-1], edges[2:], strict=True)]
+    work(edges[0], edges[1])
+    for other in waiting:
+        other.result()

@@ -1,0 +1,190 @@
+"""A whole layer in one compiled call: rotate, scale, R, scale, L, backbone, scale, rotate back, for a few tokens.
+
+A matrix is five arrays (fields, codes, words, row scale, column scale), see `matrix`; fields are (kind, n, d, first column of x,
+then the code of `columns`).  The same functions, one product at a time, serve matrices that are worth two threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lplr.kernels import levels, normal_float
+from lplr.kernels.backend import jit
+from lplr.kernels.lowrank import columns, rows
+from lplr.kernels.lowrank.vectors import GROUPS, LANES, TABLE, TILE, float_at, half_at, put_float, put_half
+
+NOTHING, BY_ROW, BY_COLUMN = 0, 1, 2
+_compile = jit("contract")
+_UNIT = columns.UNIT
+_blocks, _prepare, _by_row, _by_column = rows.blocks_of, rows.prepare, rows.multiply, columns.multiply
+
+Matrix = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_ONE = np.ones(1, np.float32)
+ABSENT: Matrix = (np.zeros(8, np.int64), np.zeros((1, 1), np.uint8), np.zeros(0, np.uint32), _ONE, _ONE)
+
+
+def points(grid: str, bits: float) -> np.ndarray:
+    """The levels (2^bits,), float32, of a grid by rows."""
+    if grid == "normal_float":
+        return normal_float.levels(bits).numpy()
+    return 2 * np.arange(1 << int(bits), dtype=np.float32) - ((1 << int(bits)) - 1)
+
+
+def matrix(
+    codes: np.ndarray, shape: tuple[int, int], grid: str, bits: float, row: np.ndarray, col: np.ndarray, first: int = 0
+) -> Matrix:
+    """The form in which the products read a packed matrix, whose columns belong to x from `first` on.
+
+    By rows the codes are copied in the order in which tables are looked up, as many bytes up to padding; by columns they are
+    the stored ones.
+    """
+    n, d = shape
+    fields = np.array([BY_ROW, n, d, first, 0, 0, 0, 0], np.int64)
+    if grid in levels.BY_COLUMN:
+        code, words = columns.code_of(grid, bits)
+        fields[0], fields[4:] = BY_COLUMN, code
+        return fields, codes, words, row, col
+    term = rows.terms(points(grid, bits))
+    ordered = rows.interleave(codes, int(bits), d)
+    fields[4] = bits
+    return fields, ordered.reshape(len(ordered), -1), term.view(np.uint32).reshape(-1), row, col
+
+
+def units(matrix: Matrix) -> int:
+    """Pieces of rows that a product can be split into."""
+    kind, n = matrix[0][:2]
+    return -(-int(n) // (TILE if kind == BY_ROW else _UNIT))
+
+
+@_compile
+def rotate(x: Any, signs: Any, inverse: bool) -> None:
+    """x (t, d) in place, see `kernels.hadamard.rotate`; signs float32 (2, d)."""
+    d = x.shape[1]
+    p = 1
+    while 2 * p <= d:
+        p *= 2
+    for t in range(len(x)):
+        v = x[t]
+        if not inverse:
+            v *= signs[0]
+            _transform(v[:p])
+            if p < d:
+                v *= signs[1]
+                _transform(v[d - p :])
+        else:
+            if p < d:
+                _transform(v[d - p :])
+                v *= signs[1]
+            _transform(v[:p])
+            v *= signs[0]
+
+
+@_compile
+def _transform(v: Any) -> None:
+    """The orthonormal Walsh-Hadamard transform of v (p,), in place."""
+    p, h = len(v), 1
+    if p >= 8:  # three steps at once: short ones are slow
+        for i in range(0, p, 8):
+            a0, a1, a2, a3, a4, a5, a6, a7 = v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], v[i + 6], v[i + 7]
+            b0, b1, b2, b3, b4, b5, b6, b7 = a0 + a1, a0 - a1, a2 + a3, a2 - a3, a4 + a5, a4 - a5, a6 + a7, a6 - a7
+            a0, a1, a2, a3, a4, a5, a6, a7 = b0 + b2, b1 + b3, b0 - b2, b1 - b3, b4 + b6, b5 + b7, b4 - b6, b5 - b7
+            v[i], v[i + 1], v[i + 2], v[i + 3] = a0 + a4, a1 + a5, a2 + a6, a3 + a7
+            v[i + 4], v[i + 5], v[i + 6], v[i + 7] = a0 - a4, a1 - a5, a2 - a6, a3 - a7
+        h = 8
+    while h < p:
+        for i in range(0, p, 2 * h):
+            low, high = v[i : i + h], v[i + h : i + 2 * h]
+            for k in range(h):
+                a, b = low[k], high[k]
+                low[k] = a + b
+                high[k] = a - b
+        h *= 2
+    v *= np.float32(1 / np.sqrt(p))
+
+
+@_compile
+def feed(x: Any, fields: Any, col: Any, passes: int) -> Any:
+    """(fit, tables, numbers): what a product reads of x (t, whole width), its part at a matrix's columns times their scale.
+
+    By rows in 1 or 2 passes, see `rows.prepare`; by columns in float32, one pass.
+    """
+    tokens, d, first = len(x), fields[2], fields[3]
+    part = x[:, first : first + d]
+    if fields[0] == BY_ROW:
+        tables = np.empty((tokens, passes, _blocks(d) * GROUPS * TABLE), np.uint8)
+        numbers = np.empty((tokens, passes, _blocks(d) + 1), np.float32)
+        return _prepare(part, col, tables, numbers), tables, numbers
+    numbers = np.empty((tokens, 1, d), np.float32)
+    for t in range(tokens):
+        if len(col) == 1:
+            for j in range(d):
+                numbers[t, 0, j] = part[t, j] * col[0]
+        else:
+            for j in range(d):
+                numbers[t, 0, j] = part[t, j] * col[j]
+    return True, np.empty((0, 0, 0), np.uint8), numbers
+
+
+@_compile
+def product(
+    tables: Any, numbers: Any, fields: Any, codes: Any, words: Any, row: Any, y: Any, add: bool, first: int, last: int
+) -> None:
+    """y (t, n), set or added to, in units first .. last - 1, from what `feed` returns."""
+    if fields[0] == BY_ROW:
+        planes = codes.reshape((len(codes), numbers.shape[2] - 1, fields[4], GROUPS, LANES))
+        term = words.view(np.float32).reshape((2, len(words) // 2))
+        _by_row(tables, numbers, planes, term, fields[1], row, y, add, first, last)
+    else:
+        _by_column(numbers[:, 0], codes, fields[4:], words, fields[1], row, y, add, first, last)
+
+
+@_compile
+def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: Any, add: bool, passes: int) -> bool:
+    fit, tables, numbers = feed(x, fields, col, passes)
+    unit = TILE if fields[0] == BY_ROW else _UNIT
+    if fit:
+        product(tables, numbers, fields, codes, words, row, y, add, 0, (fields[1] + unit - 1) // unit)
+    return fit
+
+
+@_compile
+def layer(
+    x_at: int, y_at: int, tokens: int, d: int, n: int, half: bool, signs: Any, out_signs: Any,
+    rf: Any, rc: Any, rw: Any, rr: Any, rs: Any, lf: Any, lc: Any, lw: Any, lr: Any, ls: Any,
+    qf: Any, qc: Any, qw: Any, qr: Any, qs: Any, nf: Any, nc: Any, nw: Any, nr: Any, ns: Any,
+) -> bool:  # fmt: skip
+    """y (tokens, n) of x (tokens, d), contiguous, from address to address, bfloat16 (`half`) or float32, for the matrices R, L,
+    Q and the narrow columns of Q; False when an activation is not finite and y is not written.  Signs (2, 0): no rotation.
+
+    Addresses, because to look at two arrays more would cost as much as a small layer.
+    """
+    x, y = np.empty((tokens, d), np.float32), np.empty((tokens, n), np.float32)
+    for t in range(tokens):
+        for j in range(d):
+            x[t, j] = half_at(x_at + 2 * (t * d + j)) if half else float_at(x_at + 4 * (t * d + j))
+    passes = 1 if half else 2
+    fit, add = True, False
+    if signs.shape[1]:
+        rotate(x, signs, False)
+    if rf[0]:
+        z = np.empty((tokens, rf[1]), np.float32)
+        fit = _whole(x, rf, rc, rw, rr, rs, z, False, passes) and _whole(z, lf, lc, lw, lr, ls, y, False, passes)
+        add = True
+    if qf[0]:
+        fit = fit and _whole(x, qf, qc, qw, qr, qs, y, add, passes)
+        add = True
+    if nf[0]:
+        fit = fit and _whole(x, nf, nc, nw, nr, ns, y, add, passes)
+    if not fit:
+        return False
+    if out_signs.shape[1]:
+        rotate(y, out_signs, True)
+    for t in range(tokens):
+        for i in range(n):
+            if half:
+                put_half(y[t, i], y_at + 2 * (t * n + i))
+            else:
+                put_float(y[t, i], y_at + 4 * (t * n + i))
+    return True
