@@ -33,8 +33,8 @@ def matmul(
     missing scale is one.  The result has x's type and any leading sizes, zero included.
 
     The torch form computes in x's type.  On a GPU sums are float32 and the result is rounded once; x is float32, bfloat16 or
-    float16 (float64 takes the torch form, which is the only one that is so exact), and float32 is multiplied as three TF32
-    products, or as one where `torch.backends.cuda.matmul.allow_tf32` is set.
+    float16 (float64 takes the torch form, which is the only one that is so exact).  Tensor cores multiply bfloat16; float16 and
+    float32 are taken as sums of two and three such numbers, and with them NormalFloat levels as sums of two.
     """
     return _matmul(x, codes, n, grid[0], float(grid[1]), row, col, narrow_codes, narrow)
 

@@ -1,7 +1,7 @@
 """The product with a packed matrix by Triton: which kernel, its sizes, and the launches.
 
 One token is a matrix-vector product bound by the bytes of the codes: `decode_*`.  More go to the tensor cores a tile at a time:
-`tile_*`, 16 tokens wide up to 16, else 32.  Sizes are those with which nothing spills on sm_80 to sm_100 (tests/kernels/
+`tile_*`, 16 or 32 at a time.  Sizes are those with which nothing spills on sm_80 to sm_100 (tests/kernels/
 test_ahead_of_time.py); the inputs are split over programs until there are PROGRAMS of them.
 """
 
@@ -14,17 +14,16 @@ from typing import Any, cast
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lplr.kernels.lattice import reference as lattice
-from lplr.kernels.levels import narrower, packed_shape
+from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
 from lplr.kernels.matmul import programs, reference
 from lplr.kernels.normal_float import levels as normal_levels
 from lplr.kernels.trellis import reference as trellis
 
 PROGRAMS = 256  # about two on each processor of a large GPU
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that x * col is taken as a sum of
 
 
 @dataclass(frozen=True)
@@ -40,39 +39,35 @@ class Plan:
     stages: int = 2
 
 
-def plan(n: int, d: int, grid: str, bits: float, tokens: int, dtype: torch.dtype, tf32: bool = False) -> Plan:
+def plan(n: int, d: int, grid: str, bits: float, tokens: int, dtype: torch.dtype) -> Plan:
     """The kernel for x (tokens, d) and a matrix (n, d) of a grid, all of one width."""
     width = packed_shape((n, d), grid, bits)[1]
     constants: dict[str, Any] = {"UNIT": 16 if width % 16 == 0 else 4 if width % 4 == 0 else 1}
-    block = 16 if tokens <= 16 else 32
+    block = 32 if tokens > 16 and dtype == torch.bfloat16 and grid in ("uniform", "trellis") else 16
     if tokens > 1:
-        half = dtype == torch.bfloat16
-        constants |= {"TOKENS": block, "DTYPE": tl.bfloat16 if half else tl.float32}
-        constants["PRECISION"] = "ieee" if half else "tf32" if tf32 else "tf32x3"
-    threads = 128
-    columns = 4 if tokens == 1 else threads  # a thread reads its own columns, all threads of a warp one column at one token
-    if grid == "lattice":
-        vectors = 16 if bits == 3 else 8  # whole loads of 16 bytes, and no more sums than registers hold
-        constants |= {"BITS": int(bits), "VECTORS": vectors, "COLUMNS": columns} | _lattice_constants(bits)
-        kernel, rows, inputs = (programs.decode_lattice, programs.tile_lattice)[tokens > 1], 8 * vectors, columns
-    elif grid == "trellis":
-        code = trellis.code(bits)
-        constants |= {"STEP": code.step_bits, "ENTRIES": code.entries, "HISTORY": history(bits), "COLUMNS": columns}
-        kernel, rows, inputs = (programs.decode_trellis, programs.tile_trellis)[tokens > 1], 128, columns
-    else:
+        constants |= {"TOKENS": block, "PIECES": PIECES[dtype]}
+    if grid not in BY_COLUMN:
         constants |= {"GRID": grid, "BITS": int(bits)}
-        if tokens == 1:
-            groups = min(32, triton.next_power_of_2(triton.cdiv(d, 128)))
-            constants |= {"ROWS": 512 // groups, "GROUPS": groups}
-            return Plan(programs.decode_rows, constants, 512 // groups, 128 * groups, 1)
-        constants["ROWS"] = threads
-        return Plan(programs.tile_rows, constants, threads, 128, block)
-    if tokens > 1:
-        return Plan(kernel, constants, rows, inputs, block)
+        if tokens > 1:  # a thread reads a row; a table that is looked up in is not to be staged in shared memory
+            wide = 4 if grid == "uniform" or dtype == torch.bfloat16 else 2  # points of which two parts are held: half as many
+            stages = 2 if grid == "uniform" else 1
+            return Plan(programs.tile_rows, constants | {"ROWS": 128, "WIDE": wide}, 128, 32 * wide, block, stages=stages)
+        groups = min(32, triton.next_power_of_2(triton.cdiv(d, 128)))
+        return Plan(programs.decode_rows, constants | {"ROWS": 512 // groups, "GROUPS": groups}, 512 // groups, 128 * groups, 1)
+    if grid == "lattice":
+        vectors = {2: 8, 3: 16, 4: 4 if tokens == 1 else 8}[int(bits)]  # whole loads of 16 bytes, few sums a thread
+        constants |= {"BITS": int(bits), "VECTORS": vectors} | _lattice_constants(bits)
+        kernels, rows = (programs.decode_lattice, programs.tile_lattice), 8 * vectors
+        threads = 64 if bits == 3 or (bits == 4 and tokens == 1) else 128
+    else:
+        code = trellis.code(bits)
+        constants |= {"STEP": code.step_bits, "ENTRIES": code.entries, "HISTORY": history(bits)}
+        kernels, rows, threads = (programs.decode_trellis, programs.tile_trellis), 128, 128
+    if tokens > 1:  # a thread reads a column; points of the lattice, a look-up each, are then spread over twice as many threads
+        warps = threads // (16 if grid == "lattice" else 32)
+        return Plan(kernels[1], constants | {"COLUMNS": threads}, rows, threads, block, warps, stages=1)
     groups = min(32, triton.next_power_of_2(triton.cdiv(n, rows)))
-    constants["GROUPS"] = groups
-    constants["COLUMNS"] = inputs = 128 // groups
-    return Plan(kernel, constants, rows * groups, inputs, 1)
+    return Plan(kernels[0], constants | {"GROUPS": groups, "COLUMNS": threads // groups}, rows * groups, threads // groups, 1)
 
 
 def _lattice_constants(bits: float) -> dict[str, Any]:
@@ -132,7 +127,7 @@ def matmul(
     narrow: int,
 ) -> Tensor:
     """See `lplr.kernels.matmul.matmul`."""
-    if x.dtype not in DTYPES:
+    if x.dtype not in PIECES:
         return reference.matmul(x, codes, n, grid, row, col, narrow_codes, narrow)
     d = x.shape[-1]
     flat = x.reshape(-1, d).contiguous()
@@ -145,8 +140,7 @@ def matmul(
     if narrow_codes is not None:
         lower, ratio = narrower(name, bits)
         parts.append((0, narrow, narrow_codes, lower, ratio))
-    tf32 = bool(torch.backends.cuda.matmul.allow_tf32)
-    plans = [plan(n, last - first, name, width, m, x.dtype, tf32) for first, last, _, width, _ in parts]
+    plans = [plan(n, last - first, name, width, m, x.dtype) for first, last, _, width, _ in parts]
     splits = [split(p, n, last - first, m) for p, (first, last, *_) in zip(plans, parts, strict=True)]
     total = sum(splits)
     sums = out if total == 1 else torch.empty(total, m, n, dtype=torch.float32, device=x.device)

@@ -132,15 +132,34 @@ def decode_trellis(
 
 
 @triton.jit
-def load_tile(x, col, token, m, at, d, stride, COL: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile (tokens, inputs) of x * col, in the type that it is multiplied in."""
+def load_tile(x, col, token, m, at, d, stride, COL: tl.constexpr):
+    """A tile (tokens, inputs) of x * col."""
     seen = (token < m)[:, None] & (at < d)[None, :]
     first = tl.min(token, 0)  # offsets within a tile fit in 32 bits: fewer registers
     tile = tl.load(x + first.to(tl.int64) * stride + ((token - first)[:, None] * stride + at[None, :]), mask=seen, other=0)
     if COL >= 0:
         scale = tl.load(col + at * COL, mask=at < d, other=0).to(tl.float32)
         tile = tile.to(tl.float32) * scale[None, :]
-    return tile.to(DTYPE)
+    return tile
+
+
+@triton.jit
+def multiply(points, tile, sums, PIECES: tl.constexpr, EXACT: tl.constexpr):
+    """sums (r, t) += points (r, k) tile^T (k, t), in bfloat16 products whose sums are float32.
+
+    The tile is taken as a sum of PIECES bfloat16 tiles, 8 bits each; points that are not exact in bfloat16 as a sum of two.
+    """
+    high = points.to(tl.bfloat16)
+    if PIECES == 1:
+        return tl.dot(high, tl.trans(tile.to(tl.bfloat16)), sums)
+    rest = tile.to(tl.float32)
+    for _ in range(PIECES):  # not unrolled: one piece in registers at a time
+        piece = rest.to(tl.bfloat16)
+        sums = tl.dot(high, tl.trans(piece), sums)
+        if not EXACT:
+            sums = tl.dot((points - high.to(tl.float32)).to(tl.bfloat16), tl.trans(piece), sums)
+        rest -= piece.to(tl.float32)
+    return sums
 
 
 @triton.jit
@@ -156,19 +175,18 @@ def store_tile(y, row_scale, out, token, m, row, n, part, ROW: tl.constexpr, PAR
 @triton.jit
 def tile_rows(
     x, col, codes, table, row_scale, out, m, n, d, stride, units, blocks, part, ratio,
-    GRID: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+    GRID: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile (TOKENS, ROWS) of the result by tensor cores, 128 inputs at a time."""
+    """A tile (TOKENS, ROWS) of the result by tensor cores, 32 WIDE inputs at a time."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
     first = tl.program_id(2) * blocks
     for block in range(first, first + blocks):
-        tile = load_tile(x, col, token, m, block * 128 + tl.arange(0, 128), d, stride, COL, DTYPE)
-        words = load_groups(codes, row, row < n, block, units, UNIT, BITS, 4, 1)
-        points = row_points(words, table, GRID, BITS).to(DTYPE)
-        sums = tl.dot(points, tl.trans(tile), sums, input_precision=PRECISION)
+        tile = load_tile(x, col, token, m, block * (32 * WIDE) + tl.arange(0, 32 * WIDE), d, stride, COL)
+        words = load_groups(codes, row, row < n, block, units, UNIT, BITS, WIDE, 1)
+        sums = multiply(row_points(words, table, GRID, BITS, WIDE), tile, sums, PIECES, GRID == "uniform")
     store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
 
 
@@ -177,21 +195,21 @@ def tile_lattice(
     x, col, codes, table, row_scale, out, m, n, d, stride, units, blocks, part, ratio,
     BITS: tl.constexpr, UNIT: tl.constexpr, VECTORS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
     EVEN: tl.constexpr, SHIFT: tl.constexpr, EVEN_2: tl.constexpr, SHIFT_2: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+    PIECES: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A tile (TOKENS, VECTORS * 8) of the result by tensor cores, COLUMNS inputs at a time."""
     row = tl.program_id(0) * (VECTORS * 8) + tl.arange(0, VECTORS * 8)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    sums = tl.zeros([TOKENS, VECTORS * 8], tl.float32)
+    sums = tl.zeros([VECTORS * 8, TOKENS], tl.float32)
     first = tl.program_id(2) * blocks
     for block in range(first, first + blocks):
         column = block * COLUMNS + tl.arange(0, COLUMNS)
-        tile = load_tile(x, col, token, m, column, d, stride, COL, DTYPE)
+        tile = load_tile(x, col, token, m, column, d, stride, COL)
         points = lattice_points(
             codes, column, column < d, tl.program_id(0), units, table, UNIT, BITS, VECTORS, 1, EVEN, SHIFT, EVEN_2, SHIFT_2
         )
-        sums = tl.dot(tile, points.to(DTYPE), sums, input_precision=PRECISION)
-    store_tile(sums * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
+        sums = multiply(tl.trans(points), tile, sums, PIECES, True)
+    store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
 
 
 @triton.jit
@@ -199,21 +217,21 @@ def tile_trellis(
     x, col, codes, table, row_scale, out, m, n, d, stride, units, blocks, part, ratio,
     STEP: tl.constexpr, ENTRIES: tl.constexpr, HISTORY: tl.constexpr, UNIT: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+    PIECES: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """As `tile_lattice`."""
     row = tl.program_id(0) * 128 + tl.arange(0, 128)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    sums = tl.zeros([TOKENS, 128], tl.float32)
+    sums = tl.zeros([128, TOKENS], tl.float32)
     states = tl.load(table + tl.arange(0, 4096))
     first = tl.program_id(2) * blocks
     for block in range(first, first + blocks):
         column = block * COLUMNS + tl.arange(0, COLUMNS)
-        tile = load_tile(x, col, token, m, column, d, stride, COL, DTYPE)
+        tile = load_tile(x, col, token, m, column, d, stride, COL)
         words = trellis_words(codes, column, column < d, tl.program_id(0), units, UNIT, STEP, ENTRIES, 1, HISTORY)
         points = trellis_points(words, states, STEP, ENTRIES)
-        sums = tl.dot(tile, points.to(DTYPE), sums, input_precision=PRECISION)
-    store_tile(sums * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
+        sums = multiply(tl.trans(points), tile, sums, PIECES, True)
+    store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
 
 
 @triton.jit

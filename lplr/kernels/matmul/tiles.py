@@ -113,10 +113,10 @@ def between_one_and_two(code, BITS: tl.constexpr):
 
 
 @triton.jit
-def row_points(words, table, GRID: tl.constexpr, BITS: tl.constexpr):
-    """The points (r, g * 128) of groups of codes that are stored by rows, float32."""
-    shape: tl.constexpr = [words[0].shape[0], words[0].shape[1] * 128]
-    code = together(fields(words, 0, BITS, BITS, 128), 128, shape)
+def row_points(words, table, GRID: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr):
+    """The points (r, g * 32 WIDE) of groups of codes that are stored by rows, float32."""
+    shape: tl.constexpr = [words[0].shape[0], words[0].shape[1] * 32 * WIDE]
+    code = together(fields(words, 0, BITS, BITS, 32 * WIDE), 32 * WIDE, shape)
     if GRID == "uniform":
         # exact: all are integers below 2^10
         return between_one_and_two(code, BITS) * (2 << BITS) - ((2 << BITS) + (1 << BITS) - 1)
