@@ -3,9 +3,9 @@
     python eval/kernels/ahead_of_time.py [--targets 80 90 100] [--output eval/results/kernels_aot.json]
 
 For each: registers, spills (local loads and stores in the machine code), shared memory, how wide the codes are loaded,
-instructions of the inner loop a weight, the share of a processor's warps that fit (occupancy), and a roofline on A100, H100 and RTX 4090: what
-memory, instruction issue and table look-ups allow.  `llama` predicts tokens per second of Llama-2-7B at batch 1.  All of that is
-computed; nothing here was run on a GPU.
+instructions of the inner loop a weight, the share of a processor's warps that fit (occupancy), and a roofline on A100, H100 and
+RTX 4090: what memory, instruction issue and table look-ups allow.  `llama` predicts tokens per second of Llama-2-7B at batch 1.
+All of that is computed; nothing here was run on a GPU.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def row(grid: str, bits: float, tokens: int, dtype: torch.dtype, target: int, n:
     code_loads = [name for name in machine.loads if "128" in name]
     line: dict[str, Any] = {
         "kernel": plan.kernel.__name__, "grid": grid, "bits": bits, "tokens": tokens, "type": TYPES[dtype],
-        "target": f"sm_{target}", "n": n, "d": d, **asdict(machine), "load_bytes": 16 if code_loads else 8 if any("64" in k for k in machine.loads) else 4,
+        "target": f"sm_{target}", "n": n, "d": d, **asdict(machine),
+        "load_bytes": 16 if code_loads else 8 if any("64" in name for name in machine.loads) else 4,
         "bytes_per_weight": bits / 8 + 2 / d + 2 / n,
         "instructions_per_weight": round(machine.loop * 32 * plan.warps / (plan.rows * plan.inputs), 2),
     }  # fmt: skip
