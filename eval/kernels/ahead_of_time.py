@@ -1,6 +1,6 @@
 """Every GPU kernel and configuration compiled without a GPU, and what the machine code says.
 
-    python eval/kernels/ahead_of_time.py [--targets 80 90 100] [--output eval/results/kernels_aot.json]
+    python eval/kernels/ahead_of_time.py [--targets 80 90] [--types bf16] [--output eval/results/kernels_aot.json]
 
 For each: registers, spills (local loads and stores in the machine code), shared memory, how wide the codes are loaded,
 instructions of the inner loop a weight, the share of a processor's warps that fit (occupancy), and a roofline on A100, H100 and
@@ -198,13 +198,16 @@ def llama(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", type=int, nargs="+", default=[80, 89, 90, 100])
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 89, 90, 100], help="89 and 100: one token in bf16 alone")
+    parser.add_argument("--types", nargs="+", default=list(TYPES.values()), choices=list(TYPES.values()))
     parser.add_argument("--output", type=Path, default=Path("eval/results/kernels_aot.json"))
     args = parser.parse_args()
     lines = []
     for target in args.targets:
         for grid, bits in GRIDS:
-            for tokens, dtype in CASES if target != 89 else CASES[:1]:
+            for tokens, dtype in CASES if target in (80, 90) else CASES[:1]:
+                if TYPES[dtype] not in args.types:
+                    continue
                 lines.append(row(grid, bits, tokens, dtype, target))
                 print(*(f"{key}={lines[-1].get(key)}" for key in SHOWN), flush=True)
         lines += [transform(p, target) for p in (64, 1024, 4096, 16384)]

@@ -54,6 +54,7 @@ def test_transform(target: int) -> None:
         assert line["spills"] == line["stack"] == 0 and line["shared"] <= SHARED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_sketch_and_rounding(target: int) -> None:
     sizes = {"seed": "i64", "n": "i32", "d": "i32", "m": "i32", "scale": "fp32"}
@@ -62,7 +63,7 @@ def test_sketch_and_rounding(target: int) -> None:
         machine = compiled(sketch.sketch_tile, types, sketch.CONSTANTS | {"PIECES": pieces}, {"A", "out", "d"}, target)
         assert machine.spills == machine.stack == 0 and machine.shared <= SHARED
     types = {"X": "*fp32", "row": "*fp32", "col": "*fp32", "out": "*u8", "seed": "i64", "n": "i32", "d": "i32", "width": "i32"}
-    for bits in range(1, 9):
+    for bits in (1, 3, 8):
         for stochastic in (False, True):
             constants = round_pack.CONSTANTS | {"BITS": bits, "STOCHASTIC": stochastic}
             machine = compiled(round_pack.round_tile, types, constants, {"X", "row", "col", "out", "d"}, target)

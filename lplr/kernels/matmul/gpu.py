@@ -53,7 +53,8 @@ def plan(n: int, d: int, grid: str, bits: float, tokens: int, dtype: torch.dtype
             stages = 2 if grid == "uniform" else 1
             return Plan(programs.tile_rows, constants | {"ROWS": 128, "WIDE": wide}, 128, 32 * wide, block, stages=stages)
         groups = min(32, triton.next_power_of_2(triton.cdiv(d, 128)))
-        return Plan(programs.decode_rows, constants | {"ROWS": 512 // groups, "GROUPS": groups}, 512 // groups, 128 * groups, 1)
+        rows = (256 if dtype == torch.float32 else 512) // groups  # two or four a thread: float32 x takes more registers
+        return Plan(programs.decode_rows, constants | {"ROWS": rows, "GROUPS": groups}, rows, 128 * groups, 1)
     if grid == "lattice":
         vectors = {2: 8, 3: 16, 4: 4 if tokens == 1 else 8}[int(bits)]  # whole loads of 16 bytes, few sums a thread
         constants |= {"BITS": int(bits), "VECTORS": vectors} | _lattice_constants(bits)
