@@ -42,7 +42,8 @@ def hadamard(x: Tensor) -> Tensor:
     if len(flat):
         sizes = constants(p)
         launch = cast(Any, transform_rows)[(triton.cdiv(len(flat), sizes["ROWS"]),)]
-        launch(flat, out, len(flat), **sizes, num_warps=warps(p))
+        with torch.cuda.device_of(x):
+            launch(flat, out, len(flat), **sizes, num_warps=warps(p))
     return out.view(x.shape)
 
 

@@ -147,12 +147,13 @@ def matmul(
     sums = out if total == 1 else torch.empty(total, m, n, dtype=torch.float32, device=x.device)
     steps: dict[str, Any] = {"ROW": step(row), "PARTS": total}
     done = 0
-    for p, count, (first, last, packed, width, ratio) in zip(plans, splits, parts, strict=True):
-        scale = col[first:last] if col is not None and col.numel() > 1 else col
-        launch(p, flat[:, first:last], scale, packed, table(name, width, x.device), row, sums, n, count, done, ratio, steps)
-        done += count
-    if total > 1:
-        finish(sums, row, out, steps)
+    with torch.cuda.device_of(x):
+        for p, count, (first, last, packed, width, ratio) in zip(plans, splits, parts, strict=True):
+            scale = col[first:last] if col is not None and col.numel() > 1 else col
+            launch(p, flat[:, first:last], scale, packed, table(name, width, x.device), row, sums, n, count, done, ratio, steps)
+            done += count
+        if total > 1:
+            finish(sums, row, out, steps)
     return out.view(*x.shape[:-1], n)
 
 

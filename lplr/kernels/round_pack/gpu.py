@@ -58,5 +58,6 @@ def round_and_pack(X: Tensor, bits: int, row: Tensor, col: Tensor, seed: int | N
         kernel = cast(Any, round_tile)[grid]
         constants = CONSTANTS | {"BITS": bits, "STOCHASTIC": seed is not None}
         # a fused multiplication and addition would round once where the reference rounds twice
-        kernel(X.contiguous(), row, col, out, seed or 0, n, d, out.shape[1], **constants, enable_fp_fusion=False)
+        with torch.cuda.device_of(X):
+            kernel(X.contiguous(), row, col, out, seed or 0, n, d, out.shape[1], **constants, enable_fp_fusion=False)
     return out

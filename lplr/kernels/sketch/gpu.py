@@ -49,5 +49,6 @@ def sign_sketch(A: Tensor, m: int, seed: int) -> Tensor:
     if out.numel():
         grid = (triton.cdiv(n, CONSTANTS["ROWS"]), triton.cdiv(m, CONSTANTS["COLUMNS"]))
         kernel = cast(Any, sketch_tile)[grid]
-        kernel(A.contiguous(), out, seed, n, d, m, m**-0.5, PIECES=PIECES[A.dtype], **CONSTANTS)
+        with torch.cuda.device_of(A):
+            kernel(A.contiguous(), out, seed, n, d, m, m**-0.5, PIECES=PIECES[A.dtype], **CONSTANTS)
     return out
