@@ -122,6 +122,14 @@ def matmul(
     return plan, compiled(plan.kernel, signature, constants, aligned, target, num_warps=plan.warps, num_stages=plan.stages)
 
 
+def load_bytes(plan: gpu.Plan, bits: float, machine: Machine) -> int:
+    """How many bytes of codes a load reads: the plan's, if as many loads as the codes take are so wide, else 4."""
+    wide = 8 if plan.constants.get("ENTRIES") == 2 else 4 * plan.constants.get("WIDE", 4)
+    needed = plan.rows * plan.inputs * bits / 8 / (32 * plan.warps) / wide
+    there = sum(count for name, count in machine.loads.items() if str(8 * wide) in name)
+    return wide if there >= needed else 4
+
+
 def occupancy(machine: Machine, warps: int, card: str) -> float:
     """The share of a processor's warps that its registers and shared memory leave room for."""
     _, _, _, shared, threads = CARDS[card]
@@ -146,11 +154,10 @@ def seconds_a_weight(grid: str, bits: float, plan: gpu.Plan, machine: Machine, c
 def row(grid: str, bits: float, tokens: int, dtype: torch.dtype, target: int, n: int = 4096, d: int = 4096) -> dict[str, Any]:
     """One line of the report."""
     plan, machine = matmul(grid, bits, tokens, dtype, target, n, d)
-    code_loads = [name for name in machine.loads if "128" in name]
     line: dict[str, Any] = {
         "kernel": plan.kernel.__name__, "grid": grid, "bits": bits, "tokens": tokens, "type": TYPES[dtype],
         "target": f"sm_{target}", "n": n, "d": d, **asdict(machine),
-        "load_bytes": 16 if code_loads else 8 if any("64" in name for name in machine.loads) else 4,
+        "load_bytes": load_bytes(plan, bits, machine),
         "bytes_per_weight": bits / 8 + 2 / d + 2 / n,
         "instructions_per_weight": round(machine.loop * 32 * plan.warps / (plan.rows * plan.inputs), 2),
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """The product with a packed matrix by Triton: which kernel, its sizes, and the launches.
 
 One token is a matrix-vector product bound by the bytes of the codes: `decode_*`.  More go to the tensor cores a tile at a time:
-`tile_*`, 16 or 32 at a time.  Sizes are those with which nothing spills on sm_80 to sm_100 (tests/kernels/
+`tile_*`, 16 or 32 at a time.  Sizes are those with which nothing spills on sm_80 and sm_90 (tests/kernels/
 test_ahead_of_time.py); the inputs are split over programs until there are PROGRAMS of them.
 """
 
