@@ -1,4 +1,4 @@
-# Five verbs, no logic: each sets up what it needs in .venv and calls one tool.
+# Seven verbs, no logic: each sets up what it needs in .venv and calls one tool.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 # threads that wait must not spin: a second busy process would slow every small operation down many times
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test bench lint report
+.PHONY: demo test test-gpu bench bench-gpu lint report
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,9 +24,15 @@ demo: $(STAMP)  ## compress, evaluate, report and run SmolLM2-135M-Instruct
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-gpu: $(STAMP)  ## the tests of the GPU kernels, on a machine with a GPU: TORCH=torch make test-gpu
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
 bench: $(STAMP)  ## the benchmarks of eval/
 	$(BIN)/python eval/factor/published.py
 	$(BIN)/python eval/quality/methods.py
+
+bench-gpu: test-gpu  ## the GPU kernels against copies and cuBLAS, after their tests
+	$(BIN)/python eval/kernels/gpu_bench.py
 
 lint: $(STAMP)  ## ruff and pyright
 	$(BIN)/ruff check .

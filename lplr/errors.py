@@ -6,6 +6,7 @@
     │   └── UnsupportedModel     the architecture or a part of it cannot be compressed
     ├── HubError                 a repository is gated, absent, or cannot be reached
     ├── DatasetError             a calibration or evaluation text cannot be used
+    ├── BackendError             a fast kernel that should run cannot
     ├── OutputError              the output folder belongs to another run, or cannot be written
     └── VerificationError        a compressed folder is incomplete, altered, or breaks its certificate
 
@@ -44,6 +45,10 @@ class HubError(LplrError):
 
 class DatasetError(LplrError):
     """A calibration or evaluation text is missing or empty."""
+
+
+class BackendError(LplrError, RuntimeError):
+    """The fast form of a kernel that should run on this device cannot be had."""
 
 
 class OutputError(LplrError):

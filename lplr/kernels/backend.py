@@ -1,4 +1,4 @@
-"""Which form of an op runs on the CPU, chosen once, and how the compiled forms are compiled.
+"""Which form of an op runs, chosen once, and how the compiled forms are compiled.
 
 LPLR_BACKEND=reference in the environment asks for the plain torch forms everywhere (for tests).
 """
@@ -11,11 +11,14 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
+
+from lplr.errors import BackendError
 
 
 @cache
@@ -32,9 +35,24 @@ def compiled(op: str) -> ModuleType | None:
         return None
 
 
+@cache
+def on_gpu(op: str) -> ModuleType | None:
+    """The module lplr.kernels.<op>.gpu; None where the op has none or the reference is asked for, BackendError without triton."""
+    name = f"lplr.kernels.{op}.gpu"
+    if os.environ.get("LPLR_BACKEND") == "reference" or find_spec(name) is None:
+        return None
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise BackendError(
+            f"the GPU form of {op} needs triton ({error}): install lplr[gpu], or set LPLR_BACKEND=reference to run slowly"
+        ) from None
+
+
 def form(op: str, reference: ModuleType, x: Tensor) -> Any:
-    """The module whose functions serve x: the compiled one for a tensor on the CPU, else the reference."""
-    return (compiled(op) if x.device.type == "cpu" else None) or reference
+    """The module whose functions serve x: the compiled one of x's device, else the reference, which runs on any."""
+    found = {"cpu": compiled, "cuda": on_gpu}.get(x.device.type)
+    return (found(op) if found else None) or reference
 
 
 def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:

@@ -1,4 +1,4 @@
-"""The orthonormal Walsh-Hadamard transform of the last axis, and an orthogonal rotation of any size built on it."""
+"""The orthonormal Walsh-Hadamard transform of the last axis in plain torch, and random signs."""
 
 from __future__ import annotations
 
@@ -49,22 +49,3 @@ def rotation_signs(seed: int, d: int) -> Tensor:
     raw = hashlib.shake_256(f"lplr rotation {seed} {d}".encode()).digest(2 * d)
     with torch.inference_mode(False):
         return torch.from_numpy((np.frombuffer(raw, dtype=np.uint8) & 1).astype(np.int8) * 2 - 1).view(2, d)
-
-
-def rotate(x: Tensor, signs: Tensor, *, inverse: bool = False) -> Tensor:
-    """x O (..., d) with O orthogonal, d any size; with `inverse`, x O^T.  signs: (2, d), see `rotation_signs`.
-
-    O = D_1 (H_p (+) I) D_2 (I (+) H_p), p the largest power of two up to d: random signs and a Hadamard transform of the
-    first p entries, then the same of the last p; one transform suffices where p = d.
-    """
-    d = x.shape[-1]
-    p = 1 << (d.bit_length() - 1)
-    first, second = signs.to(x.device, x.dtype)
-    if p == d:
-        return hadamard(x) * first if inverse else hadamard(x * first)
-    if inverse:
-        x = torch.cat([x[..., : d - p], hadamard(x[..., d - p :])], -1) * second
-        return torch.cat([hadamard(x[..., :p]), x[..., p:]], -1) * first
-    x = x * first
-    x = torch.cat([hadamard(x[..., :p]), x[..., p:]], -1) * second
-    return torch.cat([x[..., : d - p], hadamard(x[..., d - p :])], -1)

@@ -13,34 +13,9 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.hadamard import rotate
-from lplr.kernels.levels import levels, narrower
+from lplr.kernels.matmul import matmul
 
 _COMPUTE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.bfloat16}
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale.to(x.dtype)
-
-
-def _product(
-    x: Tensor, codes: Tensor, n: int, grid: tuple[str, float], scales: tuple[Tensor | None, Tensor | None]
-) -> Tensor:
-    """((x * col) C^T) * row for one packed factor of n rows on a grid (name, width), scales = (row, col)."""
-    row, col = scales
-    points = levels(codes, (n, x.shape[-1]), *grid, x.dtype)
-    return _scaled(torch.matmul(_scaled(x, col), points.T), row)
-
-
-def _backbone(
-    x: Tensor, n: int, grid: tuple[str, float], codes: Tensor, narrow_codes: Tensor | None, narrow: int
-) -> Tensor:
-    """x C_Q^T without scales: `narrow` columns of the grid's next lower width and their step, then columns of its width."""
-    y = torch.matmul(x[..., narrow:], levels(codes, (n, x.shape[-1] - narrow), *grid, x.dtype).T)
-    if narrow_codes is not None:
-        lower, ratio = narrower(*grid)
-        more = torch.matmul(x[..., :narrow], levels(narrow_codes, (n, narrow), grid[0], lower, x.dtype).T)
-        y = y + more * ratio
-    return y
 
 
 def lowrank_linear(
@@ -77,11 +52,10 @@ def lowrank_linear(
         inner = rotate(inner, signs)
     y: Tensor | None = None
     if l_codes is not None and r_codes is not None:
-        z = _product(inner, r_codes, rank, r_grid, (rank_scale, col_scale))  # (..., r)
-        y = _product(z, l_codes, n, l_grid, (row_scale, None))  # (..., n)
+        z = matmul(inner, r_codes, rank, r_grid, rank_scale, col_scale)  # (..., r)
+        y = matmul(z, l_codes, n, l_grid, row_scale)  # (..., n)
     if q_codes is not None:
-        backbone = _backbone(_scaled(inner, q_col_scale), n, q_grid, q_codes, q_narrow_codes, q_narrow)
-        backbone = _scaled(backbone, q_row_scale)
+        backbone = matmul(inner, q_codes, n, q_grid, q_row_scale, q_col_scale, q_narrow_codes, q_narrow)
         y = backbone if y is None else y + backbone
     if y is None:
         raise ValueError("no codes are given: pass l_codes and r_codes, or q_codes, or all three")

@@ -1,0 +1,193 @@
+"""The product with a packed matrix by Triton: which kernel, its sizes, and the launches.
+
+One token is a matrix-vector product bound by the bytes of the codes: `decode_*`.  More go to the tensor cores a tile at a time:
+`tile_*`, 16 or 32 at a time.  Sizes are those with which nothing spills on sm_80 and sm_90 (tests/kernels/
+test_ahead_of_time.py); the inputs are split over programs until there are PROGRAMS of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, cast
+
+import torch
+import triton
+from torch import Tensor
+
+from lplr.kernels.lattice import reference as lattice
+from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
+from lplr.kernels.matmul import programs, reference
+from lplr.kernels.normal_float import levels as normal_levels
+from lplr.kernels.trellis import reference as trellis
+
+PROGRAMS = 256  # about two on each processor of a large GPU
+PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # bfloat16 numbers that x * col is taken as a sum of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel, its constants, and how a matrix is cut: `rows` outputs, `inputs` inputs and `tokens` tokens at a time."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    rows: int
+    inputs: int
+    tokens: int
+    warps: int = 4
+    stages: int = 2
+
+
+def plan(n: int, d: int, grid: str, bits: float, tokens: int, dtype: torch.dtype) -> Plan:
+    """The kernel for x (tokens, d) and a matrix (n, d) of a grid, all of one width."""
+    width = packed_shape((n, d), grid, bits)[1]
+    constants: dict[str, Any] = {"UNIT": 16 if width % 16 == 0 else 4 if width % 4 == 0 else 1}
+    block = 32 if tokens > 16 and dtype == torch.bfloat16 and grid in ("uniform", "trellis") else 16
+    if tokens > 1:
+        constants |= {"TOKENS": block, "PIECES": PIECES[dtype]}
+    if grid not in BY_COLUMN:
+        constants |= {"GRID": grid, "BITS": int(bits)}
+        if tokens > 1:  # a thread reads a row; a table that is looked up in is not to be staged in shared memory
+            wide = 4 if grid == "uniform" or dtype == torch.bfloat16 else 2  # points of which two parts are held: half as many
+            stages = 2 if grid == "uniform" else 1
+            return Plan(programs.tile_rows, constants | {"ROWS": 128, "WIDE": wide}, 128, 32 * wide, block, stages=stages)
+        groups = min(32, triton.next_power_of_2(triton.cdiv(d, 128)))
+        rows = (256 if dtype == torch.float32 else 512) // groups  # two or four a thread: float32 x takes more registers
+        return Plan(programs.decode_rows, constants | {"ROWS": rows, "GROUPS": groups}, rows, 128 * groups, 1)
+    if grid == "lattice":
+        vectors = {2: 8, 3: 16, 4: 4 if tokens == 1 else 8}[int(bits)]  # whole loads of 16 bytes, few sums a thread
+        constants |= {"BITS": int(bits), "VECTORS": vectors} | _lattice_constants(bits)
+        kernels, rows = (programs.decode_lattice, programs.tile_lattice), 8 * vectors
+        threads = 64 if bits == 3 or (bits == 4 and tokens == 1) else 128
+    else:
+        code = trellis.code(bits)
+        constants |= {"STEP": code.step_bits, "ENTRIES": code.entries, "HISTORY": history(bits)}
+        kernels, rows, threads = (programs.decode_trellis, programs.tile_trellis), 128, 128
+    if tokens > 1:  # a thread reads a column; points of the lattice, a look-up each, are then spread over twice as many threads
+        warps = threads // (16 if grid == "lattice" else 32)
+        return Plan(kernels[1], constants | {"COLUMNS": threads}, rows, threads, block, warps, stages=1)
+    groups = min(32, triton.next_power_of_2(triton.cdiv(n, rows)))
+    return Plan(kernels[0], constants | {"GROUPS": groups, "COLUMNS": threads // groups}, rows * groups, threads // groups, 1)
+
+
+def _lattice_constants(bits: float) -> dict[str, Any]:
+    first = lattice.stage(f"{bits:g}")
+    second = lattice.stage("4 second") if bits == 4 else first
+    return {"EVEN": first.even, "SHIFT": first.shift, "EVEN_2": second.even, "SHIFT_2": second.shift}
+
+
+def history(bits: float) -> int:
+    """A word of the stream before the first step: the symbols that lead to the start of the code, the newest at the top."""
+    code = trellis.code(bits)
+    k, out = code.step_bits, 0
+    for i in range(-(-trellis.STATE_BITS // k)):
+        out |= ((code.start >> (k * i)) & ((1 << k) - 1)) << (32 - k * (i + 1))
+    return out
+
+
+@lru_cache(maxsize=64)
+def table(grid: str, bits: float, device: torch.device) -> Tensor:
+    """What the kernels of a grid look points up in; one entry of no meaning for the uniform grid.
+
+    normal_float: the levels.  lattice: the patterns of the first stage, then the vectors of the second, bfloat16.  trellis:
+    4096 words by the last symbols in the order of the stream, see `tiles.trellis_quarter`.
+    """
+    with torch.inference_mode(False):
+        if grid == "normal_float":
+            return normal_levels(bits).to(device)
+        if grid == "lattice":
+            second = {2: [], 3: [lattice.one_bit()], 4: [lattice.stage("4 second").table]}[int(bits)]
+            return torch.cat([lattice.stage(f"{bits:g}").table, *second]).to(torch.bfloat16).to(device)
+        if grid == "trellis":
+            return trellis_table(bits).to(device)
+        return torch.zeros(1, device=device)
+
+
+def trellis_table(bits: float) -> Tensor:
+    """The codebook by the last symbols as the stream has them, oldest lowest: 4096 words, int32."""
+    code = trellis.code(bits)
+    k, reach = code.step_bits, -(-trellis.STATE_BITS // code.step_bits)
+    kept = trellis.STATE_BITS - k * (reach - 1)  # bits of the oldest symbol that count
+    window = torch.arange(1 << trellis.STATE_BITS)
+    state = (window & ((1 << kept) - 1)) << (k * (reach - 1))
+    for i in range(reach - 1):
+        state |= ((window >> (kept + k * i)) & ((1 << k) - 1)) << (k * (reach - 2 - i))
+    values = trellis.codebook(bits)[:, state].contiguous().view(torch.int32)  # (entries, 4096); bfloat16 is the upper half
+    return values[0] if code.entries == 1 else ((values[0] >> 16) & 0xFFFF) | values[1]
+
+
+def matmul(
+    x: Tensor,
+    codes: Tensor,
+    n: int,
+    grid: tuple[str, float],
+    row: Tensor | None,
+    col: Tensor | None,
+    narrow_codes: Tensor | None,
+    narrow: int,
+) -> Tensor:
+    """See `lplr.kernels.matmul.matmul`."""
+    if x.dtype not in PIECES:
+        return reference.matmul(x, codes, n, grid, row, col, narrow_codes, narrow)
+    d = x.shape[-1]
+    flat = x.reshape(-1, d).contiguous()
+    m = len(flat)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if not m:
+        return out.view(*x.shape[:-1], n)
+    name, bits = grid
+    parts: list[tuple[int, int, Tensor, float, float]] = [(narrow, d, codes, bits, 1.0)]  # (inputs from, to, codes, bits, step)
+    if narrow_codes is not None:
+        lower, ratio = narrower(name, bits)
+        parts.append((0, narrow, narrow_codes, lower, ratio))
+    plans = [plan(n, last - first, name, width, m, x.dtype) for first, last, _, width, _ in parts]
+    splits = [split(p, n, last - first, m) for p, (first, last, *_) in zip(plans, parts, strict=True)]
+    total = sum(splits)
+    sums = out if total == 1 else torch.empty(total, m, n, dtype=torch.float32, device=x.device)
+    steps: dict[str, Any] = {"ROW": step(row), "PARTS": total}
+    done = 0
+    with torch.cuda.device_of(x):
+        for p, count, (first, last, packed, width, ratio) in zip(plans, splits, parts, strict=True):
+            scale = col[first:last] if col is not None and col.numel() > 1 else col
+            launch(p, flat[:, first:last], scale, packed, table(name, width, x.device), row, sums, n, count, done, ratio, steps)
+            done += count
+        if total > 1:
+            finish(sums, row, out, steps)
+    return out.view(*x.shape[:-1], n)
+
+
+def step(scale: Tensor | None) -> int:
+    """Entries between one scale and the next: 1, 0 where there is one for all, -1 where there is none."""
+    return -1 if scale is None else int(scale.numel() > 1)
+
+
+def split(p: Plan, n: int, d: int, m: int) -> int:
+    """Into how many parts the inputs are split."""
+    blocks, programs_there = triton.cdiv(d, p.inputs), triton.cdiv(n, p.rows) * triton.cdiv(m, p.tokens)
+    return triton.cdiv(blocks, triton.cdiv(blocks, max(1, PROGRAMS // programs_there)))
+
+
+def launch(
+    p: Plan, x: Tensor, col: Tensor | None, codes: Tensor, lookup: Tensor, row: Tensor | None, out: Tensor, n: int,
+    count: int, done: int, ratio: float, steps: dict[str, Any],
+) -> None:  # fmt: skip
+    """One kernel over `count` parts of the inputs, the first being part `done` of all."""
+    m, d = x.shape
+    unit = p.constants["UNIT"]
+    blocks = triton.cdiv(triton.cdiv(d, p.inputs), count)
+    packed = codes.contiguous()
+    packed = packed if unit == 1 else packed.view(torch.int32)
+    rows = triton.cdiv(n, p.rows)
+    grid = (rows, count) if p.tokens == 1 else (rows, triton.cdiv(m, p.tokens), count)
+    sizes = (n, d) if p.tokens == 1 else (m, n, d, x.stride(0))
+    p.kernel[grid](
+        x, x if col is None else col, packed, lookup, x if row is None else row, out, *sizes, codes.shape[1] // unit, blocks,
+        done, ratio, **p.constants, COL=step(col), **steps, num_warps=p.warps, num_stages=p.stages,
+    )  # fmt: skip
+
+
+def finish(sums: Tensor, row: Tensor | None, out: Tensor, steps: dict[str, Any]) -> None:
+    """out = the sum of the parts times the row scale."""
+    size, kernel = prod(out.shape), cast(Any, programs.finish)
+    kernel[(triton.cdiv(size, 1024),)](sums, out if row is None else row, out, size, out.shape[1], **steps, BLOCK=1024)

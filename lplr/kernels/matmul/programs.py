@@ -1,0 +1,246 @@
+"""The Triton kernels of `kernels.matmul`: one token (decode) or a tile of them, of codes stored by rows or by columns.
+
+All sum over a part of the d inputs (split-K) in float32.  With one part the result is scaled and stored; with several, each
+stores its sums, and `finish` adds them in a fixed order: the same numbers every time.
+"""
+
+# a compile-time constant is an int where it is passed and a `constexpr` where it is used:
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false, reportIndexIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lplr.kernels.matmul.tiles import (
+    apart,
+    between_one_and_two,
+    field,
+    lattice_points,
+    load_groups,
+    row_points,
+    trellis_points,
+    trellis_quarter,
+    trellis_words,
+)
+
+
+@triton.jit
+def load_scaled(x, col, at, seen, COL: tl.constexpr):
+    """x * col in float32; COL is the step between column scales: 1, 0 for one scale, -1 for none."""
+    value = tl.load(x + at, mask=seen, other=0).to(tl.float32)
+    if COL >= 0:
+        value *= tl.load(col + at * COL, mask=seen, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def store(y, row_scale, out, place, row, seen, part, size, ROW: tl.constexpr, PARTS: tl.constexpr):
+    """Scale and store the sums y at `place` of out, or one part's sums as they are, `size` apart from the next part's."""
+    if PARTS > 1:
+        out += part.to(tl.int64) * size
+        tl.store(out + place, y, mask=seen)
+    else:
+        if ROW >= 0:
+            y *= tl.load(row_scale + row * ROW, mask=seen, other=0).to(tl.float32)
+        tl.store(out + place, y.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def decode_rows(
+    x, col, codes, table, row_scale, out, n, d, units, blocks, part, ratio,
+    GRID: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One token: ROWS outputs a program, each thread sums over its own groups; one exchange between threads, at the end.
+
+    With v = 1 + c / 2^B a uniform level is 2^(B+1) v - (2^(B+1) + 2^B - 1): sums of v x and of x are enough.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, GROUPS], tl.float32)
+    of_x = tl.zeros([1, GROUPS], tl.float32)
+    first = tl.program_id(1) * blocks
+    for block in range(first, first + blocks):
+        at = block * (GROUPS * 128) + tl.arange(0, GROUPS * 128)
+        values = load_scaled(x, col, at, at < d, COL)  # before the codes: the layout of the later load is the one that is kept
+        of_x += tl.sum(tl.reshape(values, [1, GROUPS, 128]), 2)
+        each = apart(values, GROUPS)
+        words = load_groups(codes, row, row < n, block * GROUPS, units, UNIT, BITS, 4, GROUPS)
+        for k in tl.static_range(128):
+            code = field(words, k * BITS, BITS)
+            if GRID == "uniform":
+                sums += between_one_and_two(code, BITS) * each[k]
+            else:
+                sums += tl.load(table + code) * each[k]
+    if GRID == "uniform":
+        sums = sums * (2 << BITS) - of_x * ((2 << BITS) + (1 << BITS) - 1)
+    y = tl.sum(sums, 1) * ratio
+    store(y, row_scale, out, row, row, row < n, part + tl.program_id(1), n, ROW, PARTS)
+
+
+@triton.jit
+def decode_lattice(
+    x, col, codes, table, row_scale, out, n, d, units, blocks, part, ratio,
+    BITS: tl.constexpr, UNIT: tl.constexpr, VECTORS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
+    EVEN: tl.constexpr, SHIFT: tl.constexpr, EVEN_2: tl.constexpr, SHIFT_2: tl.constexpr,
+    COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One token: GROUPS * VECTORS * 8 outputs a program, each thread sums its own outputs over its columns."""
+    sums = tl.zeros([COLUMNS, GROUPS * VECTORS * 8], tl.float32)
+    first = tl.program_id(1) * blocks
+    group = tl.program_id(0) * GROUPS
+    for block in range(first, first + blocks):
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        value = load_scaled(x, col, column, column < d, COL)
+        points = lattice_points(
+            codes, column, column < d, group, units, table, UNIT, BITS, VECTORS, GROUPS, EVEN, SHIFT, EVEN_2, SHIFT_2
+        )
+        sums += points * value[:, None]
+    row = group * (VECTORS * 8) + tl.arange(0, GROUPS * VECTORS * 8)
+    store(tl.sum(sums, 0) * ratio, row_scale, out, row, row, row < n, part + tl.program_id(1), n, ROW, PARTS)
+
+
+@triton.jit
+def decode_trellis(
+    x, col, codes, table, row_scale, out, n, d, units, blocks, part, ratio,
+    STEP: tl.constexpr, ENTRIES: tl.constexpr, HISTORY: tl.constexpr, UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUPS: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """As `decode_lattice`; the four quarters of a group have their own sums."""
+    sums_0 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
+    sums_1 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
+    sums_2 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
+    sums_3 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
+    first = tl.program_id(1) * blocks
+    group = tl.program_id(0) * GROUPS
+    states = tl.load(table + tl.arange(0, 4096))
+    for block in range(first, first + blocks):
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        value = load_scaled(x, col, column, column < d, COL)[:, None, None]
+        words = trellis_words(codes, column, column < d, group, units, UNIT, STEP, ENTRIES, GROUPS, HISTORY)
+        sums_0 += trellis_quarter(words, states, 0, STEP, ENTRIES) * value
+        sums_1 += trellis_quarter(words, states, 1, STEP, ENTRIES) * value
+        sums_2 += trellis_quarter(words, states, 2, STEP, ENTRIES) * value
+        sums_3 += trellis_quarter(words, states, 3, STEP, ENTRIES) * value
+    row = group * 128 + tl.reshape(tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 32)[None, :], [GROUPS * 32])
+    for q in tl.static_range(4):
+        sums = sums_0 if q == 0 else sums_1 if q == 1 else sums_2 if q == 2 else sums_3
+        y = tl.reshape(tl.sum(sums, 0), [GROUPS * 32]) * ratio
+        at = row + 32 * q
+        store(y, row_scale, out, at, at, at < n, part + tl.program_id(1), n, ROW, PARTS)
+
+
+@triton.jit
+def load_tile(x, col, token, m, at, d, stride, COL: tl.constexpr):
+    """A tile (tokens, inputs) of x * col."""
+    seen = (token < m)[:, None] & (at < d)[None, :]
+    first = tl.min(token, 0)  # offsets within a tile fit in 32 bits: fewer registers
+    tile = tl.load(x + first.to(tl.int64) * stride + ((token - first)[:, None] * stride + at[None, :]), mask=seen, other=0)
+    if COL >= 0:
+        scale = tl.load(col + at * COL, mask=at < d, other=0).to(tl.float32)
+        tile = tile.to(tl.float32) * scale[None, :]
+    return tile
+
+
+@triton.jit
+def multiply(points, tile, sums, PIECES: tl.constexpr, EXACT: tl.constexpr):
+    """sums (r, t) += points (r, k) tile^T (k, t), in bfloat16 products whose sums are float32.
+
+    The tile is taken as a sum of PIECES bfloat16 tiles, 8 bits each; points that are not exact in bfloat16 as a sum of two.
+    """
+    high = points.to(tl.bfloat16)
+    if PIECES == 1:
+        return tl.dot(high, tl.trans(tile.to(tl.bfloat16)), sums)
+    rest = tile.to(tl.float32)
+    for _ in range(PIECES):  # not unrolled: one piece in registers at a time
+        piece = rest.to(tl.bfloat16)
+        sums = tl.dot(high, tl.trans(piece), sums)
+        if not EXACT:
+            sums = tl.dot((points - high.to(tl.float32)).to(tl.bfloat16), tl.trans(piece), sums)
+        rest -= piece.to(tl.float32)
+    return sums
+
+
+@triton.jit
+def store_tile(y, row_scale, out, token, m, row, n, part, ROW: tl.constexpr, PARTS: tl.constexpr):
+    """`store` of a tile (tokens, outputs)."""
+    first = tl.min(token, 0)
+    seen = (token < m)[:, None] & (row < n)[None, :]
+    place = (token - first)[:, None] * n + row[None, :]
+    rows = tl.broadcast_to(row[None, :], y.shape)
+    store(y, row_scale, out + first.to(tl.int64) * n, place, rows, seen, part, m.to(tl.int64) * n, ROW, PARTS)
+
+
+@triton.jit
+def tile_rows(
+    x, col, codes, table, row_scale, out, m, n, d, stride, units, blocks, part, ratio,
+    GRID: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A tile (TOKENS, ROWS) of the result by tensor cores, 32 WIDE inputs at a time."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    first = tl.program_id(2) * blocks
+    for block in range(first, first + blocks):
+        tile = load_tile(x, col, token, m, block * (32 * WIDE) + tl.arange(0, 32 * WIDE), d, stride, COL)
+        words = load_groups(codes, row, row < n, block, units, UNIT, BITS, WIDE, 1)
+        sums = multiply(row_points(words, table, GRID, BITS, WIDE), tile, sums, PIECES, GRID == "uniform")
+    store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
+
+
+@triton.jit
+def tile_lattice(
+    x, col, codes, table, row_scale, out, m, n, d, stride, units, blocks, part, ratio,
+    BITS: tl.constexpr, UNIT: tl.constexpr, VECTORS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, SHIFT: tl.constexpr, EVEN_2: tl.constexpr, SHIFT_2: tl.constexpr,
+    PIECES: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A tile (TOKENS, VECTORS * 8) of the result by tensor cores, COLUMNS inputs at a time."""
+    row = tl.program_id(0) * (VECTORS * 8) + tl.arange(0, VECTORS * 8)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    sums = tl.zeros([VECTORS * 8, TOKENS], tl.float32)
+    first = tl.program_id(2) * blocks
+    for block in range(first, first + blocks):
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        tile = load_tile(x, col, token, m, column, d, stride, COL)
+        points = lattice_points(
+            codes, column, column < d, tl.program_id(0), units, table, UNIT, BITS, VECTORS, 1, EVEN, SHIFT, EVEN_2, SHIFT_2
+        )
+        sums = multiply(tl.trans(points), tile, sums, PIECES, True)
+    store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
+
+
+@triton.jit
+def tile_trellis(
+    x, col, codes, table, row_scale, out, m, n, d, stride, units, blocks, part, ratio,
+    STEP: tl.constexpr, ENTRIES: tl.constexpr, HISTORY: tl.constexpr, UNIT: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """As `tile_lattice`."""
+    row = tl.program_id(0) * 128 + tl.arange(0, 128)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    sums = tl.zeros([128, TOKENS], tl.float32)
+    states = tl.load(table + tl.arange(0, 4096))
+    first = tl.program_id(2) * blocks
+    for block in range(first, first + blocks):
+        column = block * COLUMNS + tl.arange(0, COLUMNS)
+        tile = load_tile(x, col, token, m, column, d, stride, COL)
+        words = trellis_words(codes, column, column < d, tl.program_id(0), units, UNIT, STEP, ENTRIES, 1, HISTORY)
+        points = trellis_points(words, states, STEP, ENTRIES)
+        sums = multiply(tl.trans(points), tile, sums, PIECES, True)
+    store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
+
+
+@triton.jit
+def finish(parts, row_scale, out, size, n, PARTS: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum over the parts (PARTS, size), times the row scale."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros([BLOCK], tl.float32)
+    for part in range(PARTS):
+        y += tl.load(parts + part * size + at, mask=at < size, other=0)
+    if ROW >= 0:
+        y *= tl.load(row_scale + (at % n) * ROW, mask=at < size, other=0).to(tl.float32)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < size)
