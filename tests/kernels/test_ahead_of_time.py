@@ -1,7 +1,7 @@
 """The GPU kernels compiled for real targets: nothing spills, codes are read 16 bytes at a time, shared memory fits.
 
 `eval/kernels/ahead_of_time.py` does the same for every configuration and writes it down; here every grid and width is compiled at
-one token, and each kernel in each type at many.
+one token for both targets, and at many for the newer one; the script goes through all of them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ def test_one_token(grid: str, bits: float, target: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("grid, bits", [(grid, bits) for grid, widths in WIDTHS.items() for bits in {widths[0], widths[-1]}])
-def test_many_tokens(grid: str, bits: float, dtype: torch.dtype, target: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("grid, bits", [(grid, bits) for grid, widths in WIDTHS.items() for bits in (widths[0], widths[-1])])
+def test_many_tokens(grid: str, bits: float, dtype: torch.dtype) -> None:
     for tokens in (16, 512):
-        _, machine = matmul(grid, bits, tokens, dtype, target)
+        _, machine = matmul(grid, bits, tokens, dtype, TARGETS[-1])
         assert machine.spills == machine.stack == 0 and machine.shared <= SHARED
         assert any("128" in name for name in machine.loads)
 
