@@ -83,17 +83,18 @@ def test_the_allocation_takes_time_and_room(tmp_path: Path, monkeypatch: pytest.
     tokens = ROWS * 64
     weights = sum(p.shape[0] * p.shape[1] for p in given[1])
     passes = 4 * tokens * 2 * (weights + pico.VOCAB * pico.HIDDEN)
-    moments = sum(4 * tokens * p.shape[1] ** 2 + 6 * p.shape[1] ** 3 for p in given[1])
+    moments = sum(2 * tokens * p.shape[1] ** 2 + 6 * p.shape[1] ** 3 for p in given[1])  # two, half of each computed
     curves = 3 * 3e4 * weights  # no matrix has more than 64 rows
     assert flops(*given) - flops(*uniform) == pytest.approx(passes + moments + curves)
     free = planned(source, dataset="none"), planned(source, dataset="none", allocation="uniform")
     assert flops(*free[0]) - flops(*free[1]) == pytest.approx(curves)
     assert estimate(*free[0]).disk_bytes == 0
     states = 4 * tokens * pico.HIDDEN
-    # all in memory; each block's inputs on disk; the running ones, and those of the calibration (twice the rows), too
+    # all in memory; each block's inputs on disk; the running ones, and those of the calibration (twice the rows, and once more
+    # those of the original model), too
     for limit, disk in ((3 * states, 0), (2 * states, 3 * states), (states - 1, 4 * states)):
         monkeypatch.setattr("lplr.stream.estimate.ACTIVATION_LIMIT", limit)
-        assert estimate(*given).disk_bytes == max(disk, 2 * states if 2 * states > limit else 0)
+        assert estimate(*given).disk_bytes == max(disk, 4 * states if 2 * states > limit else 0)
     assert estimate(*given).memory_bytes >= estimate(*uniform).memory_bytes
 
 
@@ -104,7 +105,7 @@ def test_long_calibration_goes_to_the_disk(tmp_path: Path):
     for samples in (8, 200_000):
         recipe = make_recipe({"model": str(source), "nsamples": samples, "seqlen": 64, "bits": 4, "allocation": "uniform"})
         found.append(estimate(checkpoint, plan_layers(checkpoint, recipe), recipe))
-    assert found[0].disk_bytes == 0 and found[1].disk_bytes == 4 * 200_000 * 64 * 24
+    assert found[0].disk_bytes == 0 and found[1].disk_bytes == 2 * 4 * 200_000 * 64 * 24  # behind what is compressed, and original
     assert found[1].memory_bytes <= found[0].memory_bytes and found[1].seconds > found[0].seconds
 
 
