@@ -118,6 +118,15 @@ def ours(n: int, d: int, tokens: int) -> Iterator[Case]:
         yield name, size, partial(product, x), 1
 
 
+@contextlib.contextmanager
+def absent(peer: str) -> Iterator[None]:
+    """Say why a peer is left out where this machine does not have it."""
+    try:
+        yield
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"{peer} is left out: {str(error).splitlines()[0]}")
+
+
 def dense(n: int, d: int, tokens: int) -> Iterator[Case]:
     """The same of torch's products, and bitsandbytes'."""
     g = torch.Generator().manual_seed(n)
@@ -128,18 +137,18 @@ def dense(n: int, d: int, tokens: int) -> Iterator[Case]:
     yield "torch float32", 4 * n * d, lambda: linear(x, W), 1
     scale = (W.abs().amax(1) / 127).bfloat16()
     W8 = (W / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
-    with contextlib.suppress(RuntimeError, NotImplementedError):
+    with absent("torch int8"):
         int8 = partial(torch.ops.aten._weight_int8pack_mm, half, W8, scale)
         int8()
         yield "torch int8", n * d, int8, 1
-    with contextlib.suppress(RuntimeError, NotImplementedError):
+    with absent("torch int4"):
         nibbles = torch.randint(0, 16, (n, d), dtype=torch.int32, generator=g)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
         groups = torch.rand(d // 64, n, 2, generator=g).bfloat16()
         int4 = partial(torch.ops.aten._weight_int4pack_mm_for_cpu, half, packed, 64, groups)
         int4()
         yield "torch int4", n * d // 2, int4, 1
-    with contextlib.suppress(ImportError, RuntimeError, NotImplementedError, ValueError):
+    with absent("bitsandbytes NF4"):
         import bitsandbytes.functional as bnb
         from bitsandbytes import matmul_4bit
 

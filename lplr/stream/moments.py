@@ -102,6 +102,7 @@ class InputMoments:
         self._called: set[str] = set()
         self._pass: list[tuple[Tensor, Hessian, str]] = []  # holds the inputs, so that identity is certain
         self._handles: list[Any] = []
+        self._known: dict[int, tuple[Tensor | None, Tensor | None]] = {}  # by Hessian, once the passes are over
 
     def __enter__(self) -> InputMoments:
         for name, layer in self._layers.items():
@@ -116,10 +117,16 @@ class InputMoments:
         self.drifts = {name: by_hessian[id(h)] for name, h in self.hessians.items() if id(h) in by_hessian}
 
     def of(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """H of a layer and the step to be taken from W, W times it; None for what is not known."""
+        """H of a layer and the step to be taken from W, W times it; None for what is not known.  After the last pass only: layers
+        that share a Hessian share both.
+        """
         hessian, drift = self.hessians.get(name), self.drifts.get(name)
-        H = None if hessian is None else hessian.mean()
-        return H, None if H is None or drift is None else drift.step(H)
+        if hessian is None:
+            return None, None
+        if id(hessian) not in self._known:
+            H = hessian.mean()
+            self._known[id(hessian)] = H, None if H is None or drift is None else drift.step(H)
+        return self._known[id(hessian)]
 
     def end_pass(self, originals: Mapping[str, Tensor] | None = None) -> None:
         """Forget the tensors of the last forward pass; with the inputs that layers had in the original model, note the drift."""

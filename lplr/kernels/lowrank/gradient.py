@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.hadamard import rotate
-from lplr.kernels.levels import levels, narrower
+from lplr.kernels.levels import levels
+from lplr.kernels.matmul.reference import points
 
 Grid = tuple[str, float]
 
@@ -86,12 +87,7 @@ def gradient(
         d_x, d_rank, d_col = _product(inner, d_z, R, rank_scale, col_scale)
         total = total + d_x
     if q_codes is not None:
-        Q = levels(q_codes, (n, d - q_narrow), *q_grid, dtype)
-        if q_narrow_codes is not None:
-            lower, ratio = narrower(*q_grid)
-            Q = torch.cat([levels(q_narrow_codes, (n, q_narrow), q_grid[0], lower, dtype) * ratio, Q], 1)
-        elif q_narrow:
-            Q = torch.cat([Q.new_zeros(n, q_narrow), Q], 1)
+        Q = points(q_codes, (n, d), q_grid, q_narrow_codes, q_narrow, dtype)
         d_x, d_q_row, d_q_col = _product(inner, out, Q, q_row_scale, q_col_scale)
         total = total + d_x
     if signs is not None:

@@ -67,7 +67,7 @@ def _derivatives(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = dz if col is None else dz * col.to(dz.dtype)
     if ctx.needs_input_grad[5]:
-        drow = _summed(dy * matmul(x, codes, n, (grid, bits), None, col, narrow_codes, narrow), row)
+        drow = _summed(dy * ((x if col is None else x * col.to(x.dtype)) @ points.T), row)
     if ctx.needs_input_grad[6]:
         dcol = _summed(dz * x, col)
     return dx, None, None, None, None, drow, dcol, None, None
