@@ -18,6 +18,8 @@ Allocation = Literal["sensitivity", "uniform"]
 Sketch = Literal["gaussian", "srht", "sparse"]
 Grid = Literal["uniform", "normal_float", "lattice", "trellis"]
 
+RECIPE_LIMIT = 1 << 20  # bytes of a recipe's file
+
 # the widths in bits that each grid has, and every method; tests hold them equal to `kernels.levels.WIDTHS` and `factor.METHODS`
 WIDTHS: dict[str, tuple[float, ...]] = {
     "uniform": (1, 2, 3, 4, 5, 6, 7, 8),
@@ -176,13 +178,26 @@ def _misfit(bits: float, rounding: Rounding, grid: Grid) -> str:
     return ""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML of plain values without aliases: a few lines of these can stand for more values than a memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name): write the value out")
+        return super().compose_node(parent, index)
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """The settings of a YAML recipe; RecipeError names the file when it cannot be read or is no mapping."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(RECIPE_LIMIT + 1)
+        if len(text) > RECIPE_LIMIT:
+            raise RecipeError(f"recipe {path} is longer than {RECIPE_LIMIT:,} bytes: give a recipe, a few lines of settings")
+        settings = yaml.load(text.decode(), _Loader)  # a SafeLoader: plain values only
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist: check the path; the folder recipes/ holds examples") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no such date, too many digits
         reason = " ".join(str(error).split())
         raise RecipeError(f"recipe {path} cannot be read ({reason}): mend the YAML") from None
     if not isinstance(settings, dict):

@@ -5,23 +5,26 @@ run.jsonl holds one JSON object a line, told apart by `kind`:
     run     first line: format version, fingerprint, the recipe, the source's identity
     layer   one LayerRecord
     block   a shard is complete: its file name, bytes and SHA-256 (a block counts only if this line is there)
-    done    last line: totals, and the SHA-256 of every other file of the folder
+    done    last line: totals, the SHA-256 of every other file of the folder, and the seal of this one (`seal`)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lplr import files
 from lplr.errors import OutputError
 
 LEDGER = "run.jsonl"
-TIME_FIELDS = ("seconds", "started", "finished")  # the only fields that differ between two runs of one recipe
+UNSEALED = "0" * 64
+FileName = Annotated[str, Field(pattern=r"^[^/\\:\x00]*[^/\\:\x00.][^/\\:\x00]*$")]  # of the folder itself: no path, not `..`
+TIME_FIELDS = ("seconds", "started", "finished", "seal")  # the only fields that differ between two runs of one recipe
 
 
 class LayerRecord(BaseModel):
@@ -47,6 +50,7 @@ class LayerRecord(BaseModel):
     q_bits: float = 0
     format: dict[str, Any] | None = None  # `factor.Format.to_dict` of what is stored; None of a dense matrix
     bits: int  # all stored bits of the matrix
+    source_sha256: str | None = None  # of the bytes of W as they were read, in the type and layout of the checkpoint
     norm: float
     error: float = 0.0
     certificate: float = 0.0
@@ -78,12 +82,21 @@ class LayerRecord(BaseModel):
 
 def append(path: Path, entries: Iterable[BaseModel | dict[str, Any]]) -> None:
     """Append entries as lines, in one write that reaches the disk before this returns."""
+    files.append(path, encoded(entries))
+
+
+def encoded(entries: Iterable[BaseModel | dict[str, Any]]) -> bytes:
+    """Entries as the lines of a file; ValueError for a number that is not finite."""
     rows = [e.model_dump(mode="json") if isinstance(e, BaseModel) else e for e in entries]
-    text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
-    with open(path, "ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    return "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows).encode()
+
+
+def seal(raw: bytes, told: str = UNSEALED) -> str:
+    """SHA-256 of the bytes of a finished run.jsonl with UNSEALED in the place of the seal `told`, which its last line holds.
+
+    Times differ between two runs and are no part of any other checksum; the seal covers every bit.
+    """
+    return hashlib.sha256(raw.replace(f'"seal": "{told}"'.encode(), f'"seal": "{UNSEALED}"'.encode())).hexdigest()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -96,10 +109,38 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             entry["kind"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise OutputError(f"{path}: line {number} is damaged: delete the folder and compress again") from None
         out.append(entry)
     return out
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Block(_File):
+    index: int = Field(ge=0)
+    file: FileName
+
+
+class _Done(BaseModel):
+    files: dict[FileName, _File]
+    bits_per_weight: float
+
+
+def check_files(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """OutputError when a `block` or `done` line of the file does not tell files by name, size and checksum."""
+    for number, entry in enumerate(entries, 1):
+        kind = {"block": _Block, "done": _Done}.get(entry["kind"])
+        try:
+            if kind is not None:
+                kind.model_validate(entry)
+        except ValidationError:
+            raise OutputError(f"{path}: line {number} is damaged: delete the folder and compress again") from None
 
 
 def layers(entries: Iterable[dict[str, Any]]) -> Iterator[LayerRecord]:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "lplr"
 ORDER = (
-    ["errors", "recipe", "records", "metrics", "kernels", "linalg", "quant", "factor", "nn", "recover", "hf", "stream"]
+    ["errors", "files", "recipe", "records", "metrics", "kernels", "linalg", "quant", "factor", "nn", "recover", "hf", "stream"]
     + ["evaluate", "demo", "terminal", "tables", "cli"]
 )
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}

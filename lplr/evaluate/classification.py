@@ -20,12 +20,12 @@ from torch import Tensor
 
 import lplr
 from lplr.errors import DatasetError
+from lplr.files import write_text_atomic
 from lplr.hf.classifier import HeadModel
 from lplr.hf.features import encode, features
 from lplr.hf.labelled import Labelled, read_labelled
 from lplr.hf.load import load_tokenizer
 from lplr.stream.device import usable_device
-from lplr.stream.shards import write_text_atomic
 
 BINS = 15
 

@@ -11,12 +11,12 @@ from torch import nn
 from lplr import records
 from lplr.errors import OutputError
 from lplr.evaluate.perplexity import EvalResult, evaluate, to_json
+from lplr.files import write_text_atomic
 from lplr.hf.hub import resolve
 from lplr.hf.load import load_model, load_tokenizer
 from lplr.hf.text import evaluation_tokens, read_text
 from lplr.records import LEDGER
 from lplr.stream.device import usable_device
-from lplr.stream.shards import write_text_atomic
 
 
 def evaluate_folder(

@@ -133,7 +133,7 @@ class Format:
             bits = {part: float(entry[f"{part}_bits"]) for part in "lrq"}
             grids = {part: str(entry.get(f"{part}_grid", "uniform")) for part in "lrq"}
             scales = tuple((str(name), int(length)) for name, length in entry["scales"].items())
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(f"a layer entry of config.json is damaged ({error!r}): compress the model again") from None
         fits = {"row_scale": n, "rank_scale": rank, "col_scale": d, "q_row_scale": n, "q_col_scale": d}
         sane = (

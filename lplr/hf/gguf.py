@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from lplr.errors import CheckpointError, UnsupportedModel
-from lplr.hf.gguf_header import Header, Stored, file_identity, read_header
+from lplr.hf.gguf_header import Header, Stored, read_header
+from lplr.hf.hostile import FAULTS, check_counts, first_line
+from lplr.hf.weight_file import file_identity, reading
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,9 +54,10 @@ def _config(path: Path, size: int, changed: int) -> PretrainedConfig:
     experts = header.metadata.get(f"{header.architecture}.expert_count")
     if header.architecture == "llama" and experts:  # transformers would read Mixtral as a Llama without experts
         raise UnsupportedModel(f"{path}: a Mixtral GGUF ({experts} experts): give its safetensors checkpoint instead")
+    check_counts(path, header.metadata)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError) as error:
+    except (*FAULTS, OSError) as error:
         raise UnsupportedModel(
             f"{path}: transformers cannot read the GGUF architecture {header.architecture!r}: "
             "give its safetensors checkpoint instead"
@@ -79,8 +82,9 @@ def gguf_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModel(f"{path}: transformers cannot read the tokenizer of this GGUF file: {error}") from error
+    except (*FAULTS, OSError) as error:
+        reason = first_line(error)
+        raise UnsupportedModel(f"{path}: transformers cannot read the tokenizer of this GGUF file: {reason}") from error
     backend = tokenizer.backend_tokenizer
     if pre in _DIGIT_SPLITTING and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         digits = pre_tokenizers.Digits(individual_digits=True)
@@ -162,7 +166,7 @@ class GgufSource:
         out = torch.empty(stored.rows, stored.shape[-1])
         target = out.numpy()
         step = max(1, CHUNK_WEIGHTS // max(1, stored.shape[-1]))
-        with open(self.path, "rb") as file:
+        with reading(self.path, self.header.stamp) as file:
             file.seek(stored.offset)
             for row in range(0, stored.rows, step):
                 rows = min(step, stored.rows - row)
@@ -191,8 +195,8 @@ def _skeleton(config: PretrainedConfig, path: Path) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UnsupportedModel(f"{path}: {config.model_type} is not a causal language model: {error}") from error
+    except FAULTS as error:
+        raise UnsupportedModel(f"{path}: {config.model_type} is not a causal language model: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -1,40 +1,23 @@
-"""The header of a GGUF file, read with every length checked against the file; and what identifies a weight file."""
+"""The header of a GGUF file, read with every length checked against the file."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import struct
 from dataclasses import dataclass
+from io import BufferedReader
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lplr.errors import CheckpointError
+from lplr.hf.weight_file import Stamp, reading, stamp_of
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_DIMS = 4  # GGML_MAX_DIMS
-PROBES, PROBE_BYTES = 64, 4096
 # value type of the metadata -> its struct format; 8 is a string, 9 an array
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-
-
-def file_identity(path: Path, header_bytes: int) -> dict[str, Any]:
-    """What tells this file from another without reading it whole, as JSON.
-
-    bytes: its size; header: SHA-256 of its first header_bytes (names, types, shapes); sample: SHA-256 of 64 windows
-    of 4 KiB spread evenly over the rest, so that other weights of the same layout (a fine-tuned sibling) are noticed.
-    """
-    size = path.stat().st_size
-    sample = hashlib.sha256()
-    with open(path, "rb") as file:
-        header = hashlib.sha256(file.read(header_bytes)).hexdigest()
-        last = max(size - PROBE_BYTES, header_bytes)
-        for k in range(PROBES):
-            file.seek(header_bytes + (last - header_bytes) * k // (PROBES - 1))
-            sample.update(file.read(PROBE_BYTES))
-    return {"bytes": size, "header": header, "sample": sample.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -64,6 +47,7 @@ class Header:
     metadata: dict[str, Any]
     tensors: dict[str, Stored]
     data_start: int
+    stamp: Stamp  # of the file when its header was read
 
     @property
     def architecture(self) -> str:
@@ -74,9 +58,8 @@ class Header:
 class _Cursor:
     """Reads forward through the header; never past the end of the file."""
 
-    def __init__(self, file: BinaryIO, path: Path):
-        self.file, self.path, self.at = file, path, 0
-        self.size = os.fstat(file.fileno()).st_size
+    def __init__(self, file: BinaryIO, path: Path, size: int):
+        self.file, self.path, self.size, self.at = file, path, size, 0
 
     def damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: damaged GGUF header ({why}): download the file again")
@@ -126,9 +109,10 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a GGUF file; CheckpointError when it is damaged, truncated or split over files."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file: check the path of the GGUF file")
-    with open(path, "rb") as file:
-        cursor = _Cursor(file, path)
-        if file.read(4) != MAGIC:
+    with reading(path) as raw:
+        stamp = stamp_of(raw)
+        cursor = _Cursor(BufferedReader(raw), path, stamp[0])
+        if cursor.file.read(4) != MAGIC:
             raise CheckpointError(f"{path}: not a GGUF file (no GGUF magic): give a .gguf file or a safetensors folder")
         cursor.at = 4
         version, tensor_count, metadata_count = cursor.numbers("IQQ")
@@ -137,6 +121,8 @@ def read_header(path: Path) -> Header:
         metadata: dict[str, Any] = {}
         for _ in range(metadata_count):
             key = cursor.string()
+            if key in metadata:
+                raise cursor.damaged(f"{key} stands twice")
             metadata[key] = cursor.value(*cursor.numbers("I"))
         table: list[tuple[str, tuple[int, ...], int, int]] = []
         for _ in range(tensor_count):
@@ -148,14 +134,27 @@ def read_header(path: Path) -> Header:
             table.append((name, shape, *cursor.numbers("IQ")))
     if not isinstance(metadata.get("general.architecture"), str):
         raise cursor.damaged("no general.architecture")
-    if (metadata.get("split.count") or 1) > 1:
+    if metadata.get("split.count") not in (None, 0, 1):
         raise CheckpointError(f"{path}: one part of a split GGUF: merge the parts with `llama-gguf-split --merge` first")
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0:
+    if type(alignment) is not int or alignment <= 0:
         raise cursor.damaged(f"alignment {alignment}")
     start = -(-cursor.at // alignment) * alignment
-    tensors = {name: _stored(cursor, name, shape, kind, start + offset) for name, shape, kind, offset in table}
-    return Header(metadata, tensors, start)
+    tensors: dict[str, Stored] = {}
+    for name, shape, kind, offset in table:
+        if name in tensors:
+            raise cursor.damaged(f"{name} stands twice")
+        tensors[name] = _stored(cursor, name, shape, kind, start + offset)
+    _check_apart(cursor, tensors)
+    return Header(metadata, tensors, start, stamp)
+
+
+def _check_apart(cursor: _Cursor, tensors: dict[str, Stored]) -> None:
+    """CheckpointError when two tensors share bytes."""
+    ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
+    for (first, a), (second, b) in pairwise(ordered):
+        if a.offset + a.nbytes > b.offset:
+            raise cursor.damaged(f"{first} and {second} overlap")
 
 
 def _stored(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Stored:
@@ -167,7 +166,7 @@ def _stored(cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offse
         block, block_bytes = constants.GGML_QUANT_SIZES[ggml_type]
     except (ValueError, KeyError):
         raise CheckpointError(f"{cursor.path}: {name} has the unknown type {kind}: pip install -U gguf") from None
-    if not shape or shape[-1] % block:
+    if not shape or not all(shape) or shape[-1] % block:
         raise cursor.damaged(f"{name} has shape {shape}, blocks of {block}")
     stored = Stored(shape, ggml_type, shape[-1] // block * block_bytes, offset)
     if offset + stored.nbytes > cursor.size:

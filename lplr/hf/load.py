@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lplr.errors import CheckpointError, HubError, UnsupportedModel
 from lplr.hf.gguf import gguf_tokenizer
+from lplr.hf.hostile import first_line
 from lplr.hf.quantizer import compressed_layers
 from lplr.hf.quiet import quiet
 from lplr.hf.register import register
@@ -26,10 +27,6 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 def is_gguf(path: str | Path) -> bool:
     """Whether a path names a GGUF file."""
     return str(path).endswith(".gguf")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
 
 
 def _source(path: str | Path, wanted: tuple[str, ...], **kwargs: Any) -> tuple[str, dict[str, Any]]:
@@ -53,7 +50,7 @@ def _source(path: str | Path, wanted: tuple[str, ...], **kwargs: Any) -> tuple[s
 
 def _translated(path: str | Path, error: Exception) -> Exception:
     """What an exception of transformers means here."""
-    reason = _first_line(error)
+    reason = first_line(error)
     if isinstance(error, OSError) and not Path(path).exists():
         return HubError(f"{path} cannot be had from the hub ({reason}): check the name, or log in with `hf auth login`")
     if isinstance(error, ValueError | KeyError):

@@ -51,6 +51,8 @@ class LplrConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an open set: transformers compares strings
         self.format_version = format_version
+        if not isinstance(layers, Mapping | None) or not all(isinstance(e, Format | Mapping) for e in (layers or {}).values()):
+            raise CheckpointError(f"the table of layers in config.json is damaged: {_AGAIN}")
         self.layers = {name: e.to_dict() if isinstance(e, Format) else dict(e) for name, e in (layers or {}).items()}
         self.modules_to_not_convert = list(modules_to_not_convert)
         self.defused = defused
@@ -60,7 +62,7 @@ class LplrConfig(QuantizationConfigMixin):
 
     def formats(self) -> dict[str, Format]:
         """Module name -> Format; CheckpointError on a damaged entry or a format from a later version."""
-        if self.format_version > FORMAT_VERSION:
+        if type(self.format_version) is not int or self.format_version > FORMAT_VERSION:
             raise CheckpointError(
                 f"the folder has format version {self.format_version}, up to {FORMAT_VERSION} can be read: upgrade lplr"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,10 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lplr.errors import CheckpointError, UnsupportedModel
+from lplr.hf.hostile import FAULTS, check_counts, first_line
+from lplr.hf.weight_file import reading
 from lplr.nn import is_linear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+CONFIG_LIMIT = 64 << 20  # bytes of a config.json, with the table of layers of a compressed folder
+BUFFER_LIMIT = 1 << 30  # bytes of what no checkpoint holds: rotary tables and the like
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
@@ -30,15 +36,19 @@ def load_config(path: str | Path) -> PretrainedConfig:
             f"{file} does not exist: give the folder of a transformers model, a hub id or a GGUF file"
         )
     try:
+        with reading(file) as handle:
+            fields = json.loads(handle.read(CONFIG_LIMIT))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)}): copy the model again") from None
+    check_counts(file, fields)
+    try:
         return AutoConfig.from_pretrained(Path(path), local_files_only=True, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UnsupportedModel(
-            f"{file}: transformers does not know this architecture ({reason}): upgrade transformers"
-        ) from None
     except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{file} cannot be read ({reason}): copy the model again") from None
+        raise CheckpointError(f"{file} cannot be read ({first_line(error)}): copy the model again") from None
+    except FAULTS as error:
+        raise UnsupportedModel(
+            f"{file}: transformers does not know this architecture ({first_line(error)}): upgrade transformers"
+        ) from None
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
@@ -52,15 +62,24 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        _check_buffers(model)
+        model.tie_weights()
+        _restore_buffers(model)
+    except (*FAULTS, ImportError) as error:
         kind = getattr(config, "model_type", "unknown")
         raise UnsupportedModel(
-            f"model_type {kind!r} has no causal language model ({reason}): choose another model"
+            f"model_type {kind!r} has no causal language model ({first_line(error)}): choose another model"
         ) from None
-    model.tie_weights()
-    _restore_buffers(model)
     return model.eval()
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """UnsupportedModel when the buffers that are to be made real would not fit any machine."""
+    size = sum(buffer.nbytes for buffer in _loose_buffers(model).values())
+    if size > BUFFER_LIMIT:
+        raise UnsupportedModel(
+            f"the model's config asks for {size:,} bytes of tables beside its weights: do not use this checkpoint"
+        )
 
 
 def _restore_buffers(model: PreTrainedModel) -> None:

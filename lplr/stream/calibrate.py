@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from lplr.errors import DatasetError, LplrError
+from lplr.files import write_error
 from lplr.hf.gguf import gguf_tokenizer
 from lplr.hf.load import is_gguf, load_tokenizer
 from lplr.hf.skeleton import capture_block_inputs, materialise, release, run_block
 from lplr.hf.text import calibration_tokens, read_text
 from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint
-from lplr.stream.shards import write_error
 from lplr.stream.source import check_finite
 
 ACTIVATION_LIMIT = 256 << 20

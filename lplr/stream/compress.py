@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,9 @@ from torch import Tensor
 
 import lplr
 from lplr import records
-from lplr.errors import CheckpointError, OutputError
-from lplr.factor import Factorization, Format, certify, factorize
-from lplr.factor.rank import made_by
+from lplr.errors import OutputError
+from lplr.factor import Factorization, Format
+from lplr.files import write_atomic
 from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
 from lplr.nn import swap
@@ -33,13 +33,15 @@ from lplr.recipe import Recipe
 from lplr.records import LayerRecord
 from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
-from lplr.stream.calibrate import Activations, advance, calibration_windows, computable, embed, loaded, stages
+from lplr.stream.calibrate import Activations, advance, calibration_windows, embed, loaded, stages
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
 from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
+from lplr.stream.matrix import UNREACHED, Made, Seen, compress_matrix, seeded
 from lplr.stream.moments import Original, collect
-from lplr.stream.shards import Layout, shard_name, write_atomic, write_shard
+from lplr.stream.overlap import ReadAhead, WriteBehind
+from lplr.stream.shards import Layout, shard_name, write_shard
 from lplr.stream.source import read_entries
 
 MEASURING = 0.4  # time of the allocation over that of the compression, about
@@ -65,16 +67,10 @@ def compress(
         if ledger.done is None:
             meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
             run.allocate(meter)
-            with torch.inference_mode():
+            with run.overlapped(), torch.inference_mode():
                 run.finish_blocks(meter)
             finish_folder(run.checkpoint, recipe, ledger)
         return list(records.layers(ledger.entries))
-
-
-def seeded(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for each name: what is drawn does not depend on what was drawn before."""
-    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(key[:7], "little"))
 
 
 @dataclass
@@ -115,6 +111,8 @@ class _Run:
     files: dict[str, bytes] = field(repr=False)  # tokenizer and generation settings, copied from the source
     ledger: Ledger
     device: torch.device
+    read: Callable[[str], Tensor] = field(init=False)  # a matrix of the checkpoint, by name
+    writer: WriteBehind = field(init=False)
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
@@ -152,6 +150,17 @@ class _Run:
     def shard(self, index: int) -> Path:
         """File of one shard; the number of shards is known from the start."""
         return self.ledger.folder / shard_name(index, self.shards)
+
+    @contextmanager
+    def overlapped(self) -> Iterator[None]:
+        """Shards are written, and without calibration matrices are read, while the next ones are computed."""
+        pending = [p for p in self.plans if p.block not in self.ledger.blocks] if self.tokens is None else []
+        self.read = reader = ReadAhead(self.checkpoint.view.get, [f"{p.name}.weight" for p in pending])
+        try:
+            with WriteBehind() as self.writer:
+                yield
+        finally:
+            reader.close()
 
     def allocate(self, meter: _Meter) -> None:
         """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.
@@ -206,12 +215,12 @@ class _Run:
                 if inputs is not None and any(j > i for j in pending):
                     meter.say(f"block {i + 1}: running the calibration text through the compressed block")
                     self._advance(i, inputs, kwargs[i])
-                gradients.drop(self.ledger.folder, i)
                 meter.finish(plans, f"block {i + 1} of {blocks}")
         finally:
             for states in (inputs, originals):
                 if states is not None:
                     states.close()
+        self.writer.wait()
         if blocks not in self.ledger.blocks:
             outside = Stored(self.checkpoint, self.checkpoint.other_tensors())
             self._commit(blocks, outside, outside.layout, [])
@@ -227,7 +236,7 @@ class _Run:
     ) -> None:
         """Write one block; `originals`, its inputs in the original model, become its outputs there."""
         ck = self.checkpoint
-        made: dict[str, tuple[dict[str, Tensor], LayerRecord]] = {}
+        made: dict[str, Made] = {}
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
@@ -235,10 +244,11 @@ class _Run:
         def one(p: LayerPlan, H: Tensor | None = None, step: Tensor | None = None) -> Factorization | None:
             nonlocal done
             meter.tell(meter.done + done, meter.total, p.name)
-            f, stored, record = self._compress_layer(p, H, moments.pop(p.name, None), step)
-            made[p.name] = stored, record
+            note = UNREACHED if H is None and self.tokens is not None and p.format else ""
+            seen = Seen(H, moments.pop(p.name, None), step, note)
+            made[p.name] = compress_matrix(self.recipe, p, self.read(f"{p.name}.weight"), seen, self.device)
             done += _weights([p])
-            return f
+            return made[p.name].f
 
         chosen = {p.name: p for p in plans if p.format}
         if inputs is not None:
@@ -247,11 +257,11 @@ class _Run:
         for p in plans:
             if p.name not in made:
                 one(p)
-        tensors = {name: tensor for p in plans for name, tensor in made[p.name][0].items()}
+        tensors = {name: tensor for p in plans for name, tensor in made[p.name].tensors().items()}
         replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
         layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        self._commit(index, tensors, layout, [made[p.name][1] for p in plans])
+        self._commit(index, tensors, layout, [made[p.name].record for p in plans])
 
     def _by_stages(
         self,
@@ -280,47 +290,9 @@ class _Run:
             if original is not None and not groups:
                 advance(original.block, original.inputs, kwargs, self.device)
 
-    def _compress_layer(
-        self, p: LayerPlan, H: Tensor | None, G: Tensor | None, step: Tensor | None
-    ) -> tuple[Factorization | None, dict[str, Tensor], LayerRecord]:
-        """One matrix compressed, None if it stays dense; its stored tensors by full name, and its record."""
-        started = time.perf_counter()
-        W = computable(self.checkpoint, f"{p.name}.weight", self.device)
-        W = W.T.contiguous() if p.transposed else W
-        common = {"name": p.name, "block": p.block, "shape": p.shape}
-        if p.format is None:
-            norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
-            return None, {}, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason)
-        generator = seeded(self.recipe.seed, p.name, self.device)
-        target = W if step is None else W + self.recipe.propagation * (W @ step)
-        f = factorize(target, p.asked, H=H, G=None if G is None else G.to(self.device), generator=generator)
-        most = p.format.stored_bits()
-        assert f.stored_bits() <= most, f"{p.name}: planned {p.format}, made {f.format}"
-        facts = certify(W, f, p.spec, H, generator, target=target)
-        if not math.isfinite(facts["error"]) or not math.isfinite(facts["certificate"]):
-            raise CheckpointError(
-                f"{p.name}: its values (norm {facts['norm']:.3g}) leave the range of bfloat16 scales: "
-                "put it in modules_to_not_convert, or scale the model"
-            )
-        note = "" if H is not None or self.tokens is None else "no calibration token reached it: compressed without data"
-        facts["note"] = "; ".join(filter(None, [note, facts.get("note", "")]))
-        fmt = f.format
-        record = LayerRecord(
-            **common,
-            method=made_by(p.shape, p.asked, fmt),
-            rank=fmt.rank,
-            l_bits=fmt.l_bits,
-            r_bits=fmt.r_bits,
-            q_bits=fmt.q_bits,
-            format=fmt.to_dict(),
-            bits=fmt.stored_bits(),
-            seconds=time.perf_counter() - started,
-            **facts,
-        )
-        return f, {f"{p.name}.{part}": tensor for part, tensor in f.tensors().items()}, record
-
     def _advance(self, index: int, inputs: Activations, kwargs: Mapping[str, Any]) -> None:
         """Run a finished block from its shard, as a resumed run would, to get the next block's inputs."""
+        self.writer.wait()
         ck = self.checkpoint
         made = records.formats(r for r in records.layers(self.ledger.entries) if r.block == index)
         formats = {name: Format.from_dict(entry) for name, entry in made.items()}
@@ -337,18 +309,26 @@ class _Run:
         release(block)
 
     def _commit(self, index: int, tensors: Mapping[str, Tensor], layout: Layout, rows: list[LayerRecord]) -> None:
-        """Write a shard, then its lines: in this order, so that a line never speaks of bytes that are not there."""
+        """Write a shard, then its lines: in this order, so that a line never speaks of bytes that are not there.
+
+        Both while the caller goes on; `tensors` must stay as they are.
+        """
         path = self.shard(index)
-        digest_hex = write_shard(path, tensors, layout=layout)
-        line = {
-            "kind": "block",
-            "index": index,
-            "file": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": digest_hex,
-            "tensor_bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()),
-        }
-        self.ledger.append([row.model_dump(mode="json") for row in rows] + [line])
+
+        def write() -> None:
+            digest_hex = write_shard(path, tensors, layout=layout)
+            line = {
+                "kind": "block",
+                "index": index,
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": digest_hex,
+                "tensor_bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()),
+            }
+            self.ledger.append([row.model_dump(mode="json") for row in rows] + [line])
+            gradients.drop(self.ledger.folder, index)
+
+        self.writer.do(write)
 
 
 def _weights(plans: list[LayerPlan]) -> float:

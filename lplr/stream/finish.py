@@ -6,12 +6,13 @@ from typing import Any
 
 from lplr import records
 from lplr.errors import OutputError
+from lplr.files import sha256, write_text_atomic
 from lplr.hf.export import card_text, config_text
 from lplr.hf.quantizer import LplrConfig
 from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.ledger import Ledger, digest
-from lplr.stream.shards import INDEX, sha256, write_index, write_text_atomic
+from lplr.stream.shards import INDEX, write_index
 from lplr.stream.source import read_entries
 
 
@@ -34,6 +35,8 @@ def finish_folder(checkpoint: Checkpoint, recipe: Recipe, ledger: Ledger) -> Non
     done = {"kind": "done", **summary, "files": _manifest(ledger)}
     done["seconds"] = sum(row.seconds for row in rows)
     done["ledger_sha256"] = digest([*ledger.entries, done])
+    done["seal"] = records.UNSEALED
+    done["seal"] = records.seal(ledger.path.read_bytes() + records.encoded([done]))
     ledger.append([done])
 
 

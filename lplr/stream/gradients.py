@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lplr.errors import OutputError
 from lplr.factor.rank import WEIGH_OUTPUTS
+from lplr.files import remove, sha256
 from lplr.stream.checkpoint import LayerPlan
-from lplr.stream.shards import sha256, write_shard
+from lplr.stream.shards import write_shard
 from lplr.stream.source import read_entries
 
 LIMIT = 4 << 30  # bytes of G of one block in float32; the largest matrices beyond it do without
@@ -52,7 +53,7 @@ def intact(folder: Path, block: int, told: str) -> bool:
 
 def drop(folder: Path, block: int) -> None:
     """Remove the file of a block that is finished."""
-    _file(folder, block).unlink(missing_ok=True)
+    remove(_file(folder, block))
 
 
 def _file(folder: Path, block: int) -> Path:

@@ -23,8 +23,9 @@ from lplr.records import LEDGER
 from lplr.stream.allocation import KIND, allocation, taking_part
 from lplr.stream.calibrate import calibration_windows
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
-from lplr.stream.compress import Notify, seeded
+from lplr.stream.compress import Notify
 from lplr.stream.device import usable_device
+from lplr.stream.matrix import seeded
 from lplr.stream.sensitivity import Say
 from lplr.stream.source import check_finite
 

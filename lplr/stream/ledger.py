@@ -16,8 +16,8 @@ from typing import Any
 
 from lplr import records
 from lplr.errors import OutputError
+from lplr.files import make_folder, sha256, sync_folder, truncate, write_error
 from lplr.records import LEDGER, TIME_FIELDS
-from lplr.stream.shards import fsync_folder, sha256, write_error
 
 try:
     import fcntl
@@ -121,7 +121,7 @@ def open_ledger(folder: Path, header: dict[str, Any], *, resume: bool = True) ->
     header["fingerprint"] = fingerprint(header)
     check_folder(folder, resume=resume)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock = _locked(folder)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}: give a folder that you may write to") from error
@@ -131,7 +131,7 @@ def open_ledger(folder: Path, header: dict[str, Any], *, resume: bool = True) ->
         ledger.entries = _mended(ledger.path) if ledger.path.is_file() else []
         if not ledger.entries:
             ledger.append([header])
-            fsync_folder(folder)
+            sync_folder(folder)
         elif ledger.entries[0].get("fingerprint") != header["fingerprint"]:
             raise OutputError(
                 f"{folder} holds another run: {_difference(ledger.entries[0], header)}: give another folder, "
@@ -174,11 +174,10 @@ def _mended(path: Path) -> list[dict[str, Any]]:
     whole = sum(len(line) + 1 for line in raw.split(b"\n")[: len(entries)])
     if whole != len(raw):
         try:
-            with open(path, "r+b") as file:
-                file.truncate(whole)
-                os.fsync(file.fileno())
+            truncate(path, whole)
         except OSError as error:
             raise write_error(path, whole, error) from error
+    records.check_files(path, entries)
     return entries
 
 

@@ -1,26 +1,17 @@
-"""Files that appear whole or not at all: safetensors shards, the index, texts; and their checksums.
-
-Every file is written beside its place under a hidden name, flushed to the disk, and moved into place by
-a rename; a process killed at any moment leaves the old file, the new one, or none.
-"""
+"""Safetensors shards and their index, written whole or not at all (`lplr.files`)."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from lplr.errors import OutputError
+from lplr.files import replacing, write_text_atomic
 
 INDEX = "model.safetensors.index.json"
 CHUNK = 1 << 24
@@ -44,9 +35,6 @@ DTYPE_NAMES = {
 }
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape, type)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-
 
 def shard_name(index: int, shards: int) -> str:
     """File name of one shard, as transformers writes it."""
@@ -69,10 +57,10 @@ def write_shard(
     layout = layout or {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     order, header, size = shard_header(layout, metadata)
     digest = hashlib.sha256(header)
-    with _replacing(path, size) as file:
+    with replacing(path, size) as file:
         file.write(header)
         for name in order:
-            for piece in _pieces(tensors[name]):
+            for piece in pieces(tensors[name]):
                 digest.update(piece)
                 file.write(piece)
     return digest.hexdigest()
@@ -92,75 +80,16 @@ def shard_header(layout: Layout, metadata: Mapping[str, str] | None = None) -> t
     return order, len(text).to_bytes(8, "little") + text, 8 + len(text) + end
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file in place of `path`; OutputError as for `write_shard`."""
-    with _replacing(path, len(content)) as file:
-        file.write(content)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Write a UTF-8 text in place of `path`."""
-    write_atomic(path, text.encode())
-
-
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
     """Write the index of a sharded checkpoint: tensor name -> file name, and the bytes of all tensors."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     write_text_atomic(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _pieces(tensor: Tensor) -> Iterable[memoryview]:
+def pieces(tensor: Tensor) -> Iterable[memoryview]:
     """The bytes of a tensor in row-major order, 16 MiB at a time."""
     if tensor.numel() == 0:
         return
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for start in range(0, len(flat), CHUNK):
         yield flat[start : start + CHUNK]
-
-
-@contextmanager
-def _replacing(path: Path, size: int) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, and leaves nothing behind when it does not."""
-    partial = path.with_name(f".{path.name}.partial")  # one name a target: a killed run's remains are overwritten
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, size, error) from error
-    finally:
-        with suppress(OSError):  # gone when all went well; a folder that cannot be written holds none
-            partial.unlink(missing_ok=True)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the renaming itself durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_error(path: Path, size: int, error: OSError) -> OutputError:
-    """What could not be written, the space there is, what to do; on one line."""
-    if error.errno in _FULL:
-        free = shutil.disk_usage(path.parent).free
-        return OutputError(
-            f"cannot write {path} ({size:,} bytes): the disk or the quota is full, {free:,} bytes are free: "
-            "make room, then run the same command again to go on"
-        )
-    if error.errno in _DENIED:
-        return OutputError(f"cannot write {path}: {error.strerror}: give an output folder that you may write to")
-    if error.errno == errno.ENOENT:
-        return OutputError(f"cannot write {path}: the folder {path.parent} does not exist: create it or give another")
-    return OutputError(f"cannot write {path}: {error.strerror or error}: give another output folder")

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from lplr.errors import CheckpointError
 from lplr.hf.gguf import GgufSource
-from lplr.hf.gguf_header import file_identity
-from lplr.stream.entries import Entry, read_entries, read_header
+from lplr.hf.weight_file import file_identity, reading
+from lplr.stream.entries import MAX_HEADER, Entry, read_entries, read_header
 from lplr.stream.shards import INDEX
 
 __all__ = ["ModuleView", "SafetensorsSource", "TensorSource", "check_finite", "open_source", "read_entries"]
@@ -183,9 +183,10 @@ def _no_weights(folder: Path) -> CheckpointError:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name of an index, each a plain name of a file that is there."""
     try:
-        placed = json.loads(path.read_bytes())["weight_map"]
+        with reading(path) as file:
+            placed = json.loads(file.read(MAX_HEADER))["weight_map"]
         sound = bool(placed) and all(isinstance(file, str) for file in placed.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         placed, sound = {}, False
     if not sound:
         raise CheckpointError(f"{path}: damaged, no weight_map of names: download it again")

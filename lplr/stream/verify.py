@@ -14,12 +14,14 @@ from torch import Tensor
 from lplr import records
 from lplr.errors import CheckpointError, OutputError, VerificationError
 from lplr.factor import Factorization, Format, measured_error
+from lplr.files import sha256
 from lplr.nn.swap import is_conv1d
 from lplr.records import LEDGER, LayerRecord
 from lplr.stream.checkpoint import Checkpoint, open_checkpoint
 from lplr.stream.entries import Entry
 from lplr.stream.ledger import digest
-from lplr.stream.shards import INDEX, sha256
+from lplr.stream.matrix import tensor_sha256
+from lplr.stream.shards import INDEX
 from lplr.stream.source import read_entries
 
 AGAIN = "copy the folder again, or compress the model again"
@@ -83,12 +85,16 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
         raise VerificationError(f"{folder} holds no {LEDGER}: give a folder that `lplr compress` wrote")
     try:
         entries = records.read(folder / LEDGER)
+        records.check_files(folder / LEDGER, entries)
     except OutputError as error:
         raise VerificationError(str(error)) from None
     if not entries or entries[-1]["kind"] != "done":
         raise VerificationError(f"{folder} is not finished: run the same `lplr compress` command again to go on")
     done = {k: v for k, v in entries[-1].items() if k != "ledger_sha256"}
-    if digest([*entries[:-1], done]) != entries[-1].get("ledger_sha256"):
+    sealed = entries[-1].get("seal")  # None in folders older than the seal; a seal that was taken out is told by the digest's key
+    if digest([*entries[:-1], done]) != entries[-1].get("ledger_sha256") or (
+        sealed is not None and records.seal((folder / LEDGER).read_bytes(), str(sealed)) != sealed
+    ):
         raise VerificationError(f"{folder / LEDGER} was altered: {AGAIN}")
     return entries
 
@@ -173,7 +179,7 @@ def _check_against(found: _Folder, against: str, step: Step) -> tuple[float, str
     for name, fmt in found.layers.items():
         step(seen, total, name)
         row = found.rows[name]
-        error = _true_error(found, name, fmt, _base_weight(base, against, name, fmt))
+        error = _true_error(found, name, fmt, _base_weight(base, against, row))
         slack = SLACK * max(error, row.error) + ROUNDING * row.norm
         if not error <= row.certificate + slack:
             raise VerificationError(f"{name} has error {error:.7g}, above its certificate {row.certificate:.7g}: {AGAIN}")
@@ -187,24 +193,27 @@ def _check_against(found: _Folder, against: str, step: Step) -> tuple[float, str
     return worst, worst_layer
 
 
-def _base_weight(base: Checkpoint, against: str, name: str, fmt: Format) -> Tensor:
+def _base_weight(base: Checkpoint, against: str, row: LayerRecord) -> Tensor:
+    """The matrix that was compressed; VerificationError when the base model has another one."""
+    name = row.name
     try:
-        W = base.view.get(f"{name}.weight").float()
+        stored = base.view.get(f"{name}.weight")
         module = base.model.get_submodule(name)
     except (CheckpointError, AttributeError):
         raise VerificationError(f"{against} has no tensor {name}.weight: {SAME}") from None
-    W = W.T if is_conv1d(module) else W
-    if tuple(W.shape) != fmt.shape:
-        raise VerificationError(f"{name} is {tuple(W.shape)} in {against}, {fmt.shape} here: {SAME}")
+    W = stored.float().T if is_conv1d(module) else stored.float()
+    if tuple(W.shape) != row.shape:
+        raise VerificationError(f"{name} is {tuple(W.shape)} in {against}, {row.shape} here: {SAME}")
+    norm = float(torch.linalg.vector_norm(W.double()))
+    if not abs(norm - row.norm) <= SLACK * max(row.norm, norm):
+        raise VerificationError(f"{name} has norm {norm:.7g} in the base model, {row.norm:.7g} when compressed: {SAME}")
+    if row.source_sha256 is not None and tensor_sha256(stored) != row.source_sha256:
+        raise VerificationError(f"{name}.weight is not, to the bit, what was compressed: {SAME}")
     return W
 
 
 def _true_error(found: _Folder, name: str, fmt: Format, W: Tensor) -> float:
-    """||W - W_hat||_F; VerificationError when W is not the matrix that was compressed."""
-    told = found.rows[name].norm
-    norm = float(torch.linalg.vector_norm(W.double()))
-    if not abs(norm - told) <= SLACK * max(told, norm):
-        raise VerificationError(f"{name} has norm {norm:.7g} in the base model, {told:.7g} when compressed: {SAME}")
+    """||W - W_hat||_F."""
     return measured_error(W, Factorization.from_tensors(fmt, {p: found.held[f"{name}.{p}"].read() for p in fmt.layout()}))
 
 

@@ -61,21 +61,21 @@ def test_hessians_are_those_of_the_model_with_its_prefix_compressed(
     seen: dict[str, torch.Tensor] = {}
     steps: dict[str, torch.Tensor] = {}
     windows: list[torch.Tensor] = []
-    true_layer, true_windows = compress._Run._compress_layer, compress.calibration_windows
+    true_matrix, true_windows = compress.compress_matrix, compress.calibration_windows
 
-    def layer(self: Any, p: Any, H: torch.Tensor | None, G: torch.Tensor | None, step: torch.Tensor | None) -> Any:
-        if H is not None:
-            seen[p.name] = H.clone()
-        if step is not None:
-            steps[p.name] = step.clone()
-        return true_layer(self, p, H, G, step)
+    def matrix(recipe: Any, p: Any, weight: torch.Tensor, known: Any, device: torch.device) -> Any:
+        if known.H is not None:
+            seen[p.name] = known.H.clone()
+        if known.step is not None:
+            steps[p.name] = known.step.clone()
+        return true_matrix(recipe, p, weight, known, device)
 
     def spy(*arguments: Any) -> Any:
         found = true_windows(*arguments)
         windows.append(found[0])
         return found
 
-    monkeypatch.setattr(compress._Run, "_compress_layer", layer)
+    monkeypatch.setattr(compress, "compress_matrix", matrix)
     monkeypatch.setattr(compress, "calibration_windows", spy)
     chosen = {"dataset": str(source / "text.txt"), "nsamples": 6, "seqlen": 32, "alternations": 0, "bits": 3}
     chosen["allocation"] = "uniform"

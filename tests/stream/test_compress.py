@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lplr.hf.load import load_model
 from lplr.stream import shards
-from lplr.stream.compress import seeded
+from lplr.stream.matrix import seeded
 from lplr.stream.verify import verify
 
 ARCHITECTURES = ["llama", "qwen2", "gpt2", "gemma2", "gemma3", "mixtral", "qwen3_moe", "gpt_neox", "opt"]

@@ -14,8 +14,8 @@ import pytest
 
 from lplr import records
 from lplr.errors import OutputError
+from lplr.files import sha256
 from lplr.stream.ledger import check_folder, digest, fingerprint, open_ledger
-from lplr.stream.shards import sha256
 
 HEADER: dict[str, Any] = {"recipe": {"bits": 1.0, "model": "m"}, "source": {"f": {"bytes": 3}}, "files": {}, "calibration": None}
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import resource
 import signal
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lplr import files
 from lplr.errors import OutputError
 from lplr.stream import shards
 
@@ -39,7 +38,7 @@ def tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
 def test_write_shard_is_read_by_safetensors_with_every_tensor_aligned(tmp_path: Path, generator: torch.Generator):
     wanted, path = tensors(generator), tmp_path / "model.safetensors"
     digest = shards.write_shard(path, wanted, {"b": "2", "a": "1"})
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == shards.sha256(path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == files.sha256(path)
     found = load_file(path)
     assert set(found) == set(wanted)
     for name, tensor in wanted.items():
@@ -70,26 +69,6 @@ def test_big_tensor_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.equal(load_file(tmp_path / "s")["t"], tensor)
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize(
-    "code, phrase", [(errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EIO, "another"), (errno.EROFS, "may write")]
-)
-def test_failure_keeps_the_old_file_and_leaves_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, phrase: str
-):
-    path = tmp_path / "run.txt"
-    shards.write_text_atomic(path, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(shards.os, step, fail)
-    with pytest.raises(OutputError, match=phrase) as caught:
-        shards.write_text_atomic(path, "new")
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-    assert [f.name for f in tmp_path.iterdir()] == ["run.txt"] and path.read_text() == "old"
-
-
 def test_a_file_size_limit_is_told_as_a_full_disk(tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -101,30 +80,6 @@ def test_a_file_size_limit_is_told_as_a_full_disk(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, previous)
     assert not list(tmp_path.iterdir())
-
-
-def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shards.os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        shards.write_text_atomic(tmp_path / "t", "x")
-    assert not list(tmp_path.iterdir())
-
-
-def test_missing_folder(tmp_path: Path):
-    with pytest.raises(OutputError, match="does not exist"):
-        shards.write_text_atomic(tmp_path / "none" / "t", "x")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="another output folder"):
-        shards.write_text_atomic(tmp_path / "file" / "t", "x")
-
-
-def test_remains_of_a_killed_run_are_overwritten(tmp_path: Path):
-    (tmp_path / ".t.partial").write_text("torn")
-    shards.write_text_atomic(tmp_path / "t", "whole")
-    assert [f.name for f in tmp_path.iterdir()] == ["t"] and (tmp_path / "t").read_text() == "whole"
 
 
 def test_write_index(tmp_path: Path):

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lplr import records
 from lplr.errors import CheckpointError, VerificationError
+from lplr.files import sha256
 from lplr.recipe import make_recipe
 from lplr.stream.compress import compress
 from lplr.stream.ledger import digest
-from lplr.stream.shards import sha256
 from lplr.stream.verify import verify
 
 FIRST = "model-00001-of-00004.safetensors"
@@ -51,7 +51,9 @@ def rewrite(out: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
             facts.update(bytes=(out / name).stat().st_size, sha256=sha256(out / name))
     done.pop("ledger_sha256")
     done["ledger_sha256"] = digest([*entries[:-1], done])
-    (out / "run.jsonl").write_text("".join(json.dumps(e, sort_keys=True) + "\n" for e in entries))
+    done["seal"] = records.UNSEALED
+    done["seal"] = records.seal(records.encoded(entries))
+    (out / "run.jsonl").write_bytes(records.encoded(entries))
 
 
 def layer(entries: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -106,23 +108,21 @@ def test_every_byte_of_a_shard_is_watched(out: Path):
 def test_every_line_of_the_ledger_is_watched(out: Path):
     raw = (out / "run.jsonl").read_bytes()
     for at in range(3, len(raw) - 1, len(raw) // 30):
-        digit = raw[at : at + 1].isdigit()
         changed = raw[:at] + (b"7" if raw[at : at + 1] != b"7" else b"3") + raw[at + 1 :]
         (out / "run.jsonl").write_bytes(changed)
-        entry, old = changed.split(b"\n"), raw.split(b"\n")
-        line = next(i for i, (a, b) in enumerate(zip(entry, old, strict=False)) if a != b)
-        try:
-            new = json.loads(entry[line])
-        except ValueError:
-            new = None
-        times_only = new is not None and digit and {k: v for k, v in new.items() if k != "seconds"} == {
-            k: v for k, v in json.loads(old[line]).items() if k != "seconds"
-        }
-        if times_only:
+        with pytest.raises(VerificationError, match=r"run\.jsonl|is not finished"):
             verify(out)
-        else:
-            with pytest.raises(VerificationError, match=r"run\.jsonl|is not finished"):
-                verify(out)
+
+
+def test_a_time_that_was_altered_and_a_seal_that_was_taken_out(out: Path):
+    raw = (out / "run.jsonl").read_text()
+    for old, new in (('"seconds": ', '"seconds": 1'), ('"seal"', '"seat"')):
+        (out / "run.jsonl").write_text(raw.replace(old, new, 1))
+        with pytest.raises(VerificationError, match=r"run\.jsonl was altered"):
+            verify(out)
+    seal = json.loads(raw.splitlines()[-1])["seal"]
+    (out / "run.jsonl").write_text(raw.replace(f'"seal": "{seal}", ', ""))  # a folder older than the seal
+    verify(out)
 
 
 def test_strangers_are_named(out: Path):

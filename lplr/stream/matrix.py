@@ -1,0 +1,101 @@
+"""One matrix compressed: weights in, packed tensors and a record out.  It depends on nothing that was done before."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lplr.errors import CheckpointError
+from lplr.factor import Factorization, certify, factorize
+from lplr.factor.rank import made_by
+from lplr.recipe import Recipe
+from lplr.records import LayerRecord
+from lplr.stream.checkpoint import LayerPlan
+from lplr.stream.shards import pieces
+from lplr.stream.source import check_finite
+
+UNREACHED = "no calibration token reached it: compressed without data"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What calibration knows of a matrix: H = E[x x^T], G = E[g g^T], the `propagation` step; None for what it does not."""
+
+    H: Tensor | None = None
+    G: Tensor | None = None
+    step: Tensor | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A matrix compressed, f None where it stays dense; and its record."""
+
+    f: Factorization | None
+    record: LayerRecord
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of it, by full name; nothing of a dense one."""
+        found = {} if self.f is None else self.f.tensors()
+        return {f"{self.record.name}.{part}": tensor for part, tensor in found.items()}
+
+
+def seeded(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each name: what is drawn does not depend on what was drawn before."""
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(key[:7], "little"))
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor in row-major order."""
+    digest = hashlib.sha256()
+    for piece in pieces(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, device: torch.device) -> Made:
+    """Compress the tensor of a checkpoint as planned.
+
+    weight: (n, d), or (d, n) where p.transposed, in the type of the checkpoint.  Raises CheckpointError for values that are not
+    finite, or that leave the range of the scales.
+    """
+    started = time.perf_counter()
+    check_finite(f"{p.name}.weight", weight)
+    common = {"name": p.name, "block": p.block, "shape": p.shape, "source_sha256": tensor_sha256(weight)}
+    W = weight.float().to(device)
+    W = W.T.contiguous() if p.transposed else W
+    if p.format is None:
+        norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
+        return Made(None, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason))
+    generator = seeded(recipe.seed, p.name, device)
+    target = W if seen.step is None else W + recipe.propagation * (W @ seen.step)
+    G = None if seen.G is None else seen.G.to(device)
+    f = factorize(target, p.asked, H=seen.H, G=G, generator=generator)
+    assert f.stored_bits() <= p.format.stored_bits(), f"{p.name}: planned {p.format}, made {f.format}"
+    facts = certify(W, f, p.spec, seen.H, generator, target=target)
+    if not math.isfinite(facts["error"]) or not math.isfinite(facts["certificate"]):
+        raise CheckpointError(
+            f"{p.name}: its values (norm {facts['norm']:.3g}) leave the range of bfloat16 scales: "
+            "put it in modules_to_not_convert, or scale the model"
+        )
+    facts["note"] = "; ".join(filter(None, [seen.note, facts.get("note", "")]))
+    fmt = f.format
+    record = LayerRecord(
+        **common,
+        method=made_by(p.shape, p.asked, fmt),
+        rank=fmt.rank,
+        l_bits=fmt.l_bits,
+        r_bits=fmt.r_bits,
+        q_bits=fmt.q_bits,
+        format=fmt.to_dict(),
+        bits=fmt.stored_bits(),
+        seconds=time.perf_counter() - started,
+        **facts,
+    )
+    return Made(f, record)
