@@ -13,6 +13,7 @@ all were given half a bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -54,28 +55,31 @@ def allocation(
     folder: Path,
     device: torch.device,
     generator: torch.Generator,
+    workers: Executor,
     say: Say,
 ) -> dict[str, Any]:
     """The line of run.jsonl: for each matrix its curve (stored bits, predicted loss) and the bits that it is given, and the
     checksums of the files of `gradients` by block.
 
-    tokens (rows, seqlen), None without calibration.  Not for inference mode.
+    tokens (rows, seqlen), None without calibration; the curves of a block are measured by `workers`.  Not for inference mode.
     """
     rows = None if tokens is None else tokens[:ROWS]
     curves: dict[str, list[Point]] = {}
     files: dict[str, str] = {}
-    for block, matrices in groupby(_measured(checkpoint, plans, rows, folder, device, generator, say), lambda m: m.plan.block):
-        moments: dict[str, Tensor] = {}
-        for m in matrices:
-            name = m.plan.name
-            W = computable(checkpoint, f"{name}.weight", device)
-            W = W.T.contiguous() if m.plan.transposed else W
-            square = float(W.double().square().sum())
-            weight = m.weight if rows is not None else 1 / square if square else 0.0
-            curve = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M, G=m.G)]
-            curves[name] = _admitted(curve, least_bits(recipe.bits) * W.numel(), m.plan.dense_bits)
-            if m.G is not None:
-                moments[name] = m.G
+    measured = _measured(checkpoint, plans, rows, folder, device, generator, say)
+
+    def curve_of(m: Measured) -> list[Point]:
+        W = computable(checkpoint, f"{m.plan.name}.weight", device)
+        W = W.T.contiguous() if m.plan.transposed else W
+        square = float(W.double().square().sum())
+        weight = m.weight if rows is not None else 1 / square if square else 0.0
+        found = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M, G=m.G)]
+        return _admitted(found, least_bits(recipe.bits) * W.numel(), m.plan.dense_bits)
+
+    for block, group in groupby(measured, lambda m: m.plan.block):
+        matrices = list(group)
+        curves.update(zip((m.plan.name for m in matrices), workers.map(curve_of, matrices), strict=True))
+        moments = {m.plan.name: m.G for m in matrices if m.G is not None}
         if moments:
             files[str(block)] = gradients.keep(folder, block, moments)
     budget = sum(floor(recipe.bits * prod(p.shape)) for p in plans)

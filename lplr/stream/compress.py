@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -39,11 +40,12 @@ from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
 from lplr.stream.matrix import UNREACHED, Made, Seen, compress_matrix, seeded
-from lplr.stream.moments import Original, collect
+from lplr.stream.moments import InputMoments, Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind
 from lplr.stream.shards import Layout, shard_name, write_shard
 from lplr.stream.source import read_entries
 
+AT_ONCE = 4  # matrices in work at a time: each holds a few float32 copies of itself
 MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
@@ -66,9 +68,10 @@ def compress(
     with run.ledger as ledger:
         if ledger.done is None:
             meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
-            run.allocate(meter)
-            with run.overlapped(), torch.inference_mode():
-                run.finish_blocks(meter)
+            with run.overlapped():
+                run.allocate(meter)
+                with torch.inference_mode():
+                    run.finish_blocks(meter)
             finish_folder(run.checkpoint, recipe, ledger)
         return list(records.layers(ledger.entries))
 
@@ -113,6 +116,7 @@ class _Run:
     device: torch.device
     read: Callable[[str], Tensor] = field(init=False)  # a matrix of the checkpoint, by name
     writer: WriteBehind = field(init=False)
+    workers: ThreadPoolExecutor = field(init=False)
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
@@ -153,14 +157,19 @@ class _Run:
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """Shards are written, and without calibration matrices are read, while the next ones are computed."""
+        """While one thing is computed, shards are written and, without calibration, matrices are read.  On the CPU matrices with
+        one input are factorized together; all are certified while the next ones are made.
+        """
         pending = [p for p in self.plans if p.block not in self.ledger.blocks] if self.tokens is None else []
         self.read = reader = ReadAhead(self.checkpoint.view.get, [f"{p.name}.weight" for p in pending])
+        count = min(AT_ONCE, torch.get_num_threads()) if self.device.type == "cpu" else 1
+        self.workers = ThreadPoolExecutor(count, thread_name_prefix="lplr-matrix")
         try:
             with WriteBehind() as self.writer:
                 yield
         finally:
             reader.close()
+            self.workers.shutdown(cancel_futures=True)
 
     def allocate(self, meter: _Meter) -> None:
         """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.
@@ -176,7 +185,7 @@ class _Run:
             generator = seeded(self.recipe.seed, KIND, self.device)
             where = self.ledger.folder, self.device
             say = meter.ahead(MEASURING)
-            line = allocation(self.checkpoint, chosen, self.recipe, self.tokens, *where, generator, say)
+            line = allocation(self.checkpoint, chosen, self.recipe, self.tokens, *where, generator, self.workers, say)
             say(1.0, "bits are allocated")
             if known is None:
                 self.ledger.append([line])
@@ -236,32 +245,45 @@ class _Run:
     ) -> None:
         """Write one block; `originals`, its inputs in the original model, become its outputs there."""
         ck = self.checkpoint
-        made: dict[str, Made] = {}
+        made: dict[str, Future[Made]] = {}
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
 
-        def one(p: LayerPlan, H: Tensor | None = None, step: Tensor | None = None) -> Factorization | None:
+        def one(p: LayerPlan, weight: Tensor, seen: Seen) -> Factorization | None:
+            """In any thread: the modes of torch are of one thread each."""
+            with torch.inference_mode():
+                found = compress_matrix(self.recipe, p, weight, seen, self.device)
+            made[p.name] = self.workers.submit(torch.inference_mode()(found.certified))
+            return found.f
+
+        def several(these: list[LayerPlan], collected: InputMoments | None) -> Iterator[Factorization | None]:
+            """The factorizations of matrices, in order, some at a time."""
             nonlocal done
-            meter.tell(meter.done + done, meter.total, p.name)
-            note = UNREACHED if H is None and self.tokens is not None and p.format else ""
-            seen = Seen(H, moments.pop(p.name, None), step, note)
-            made[p.name] = compress_matrix(self.recipe, p, self.read(f"{p.name}.weight"), seen, self.device)
-            done += _weights([p])
-            return made[p.name].f
+            jobs = []
+            for p in these:
+                H, step = (None, None) if collected is None else collected.of(p.name)
+                note = UNREACHED if H is None and self.tokens is not None and p.format else ""
+                seen = Seen(H, moments.pop(p.name, None), step, note)
+                jobs.append(self.workers.submit(one, p, self.read(f"{p.name}.weight"), seen))
+            for p, job in zip(these, jobs, strict=True):
+                meter.tell(meter.done + done, meter.total, p.name)
+                yield job.result()
+                done += _weights([p])
 
         chosen = {p.name: p for p in plans if p.format}
         if inputs is not None:
             meter.say(f"block {index + 1}: running the calibration text")
-            self._by_stages(index, chosen, inputs, originals, kwargs, one)
+            self._by_stages(index, chosen, inputs, originals, kwargs, several)
         for p in plans:
             if p.name not in made:
-                one(p)
-        tensors = {name: tensor for p in plans for name, tensor in made[p.name].tensors().items()}
+                list(several([p], None))
+                made[p.name].result()  # one matrix in memory at a time
+        tensors = {name: tensor for p in plans for name, tensor in made[p.name].result().tensors().items()}
         replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
         layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        self._commit(index, tensors, layout, [made[p.name].record for p in plans])
+        self._commit(index, tensors, layout, [made[p.name].result().record for p in plans])
 
     def _by_stages(
         self,
@@ -270,10 +292,10 @@ class _Run:
         inputs: Activations,
         originals: Activations | None,
         kwargs: Mapping[str, Any],
-        one: Callable[[LayerPlan, Tensor | None, Tensor | None], Factorization | None],
+        several: Callable[[list[LayerPlan], InputMoments], Iterator[Factorization | None]],
     ) -> None:
-        """Hand each matrix of a block to `one` with its second moments, collected behind all matrices that come before it, and
-        the step that makes up for what these did to its inputs.
+        """Hand the matrices of a block that have one input to `several`, with the second moments collected behind all matrices
+        that come before them, and the step that makes up for what these did to that input.
         """
         with loaded(self.checkpoint, index, self.device) as block:
             original = None if originals is None else Original.of(block, originals)
@@ -282,8 +304,7 @@ class _Run:
             for names in groups:
                 these = {name: layers[name] for name in names}
                 moments = collect(block, these, inputs, kwargs, self.device, original, last=names is groups[-1])
-                for name in names:
-                    f = one(chosen[name], *moments.of(name))
+                for name, f in zip(names, several([chosen[name] for name in names], moments), strict=True):
                     assert f is not None  # a chosen matrix is compressed
                     W = f.dequantize()
                     layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)

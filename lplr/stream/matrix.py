@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,14 @@ class Made:
         return {f"{self.record.name}.{part}": tensor for part, tensor in found.items()}
 
 
+@dataclass(frozen=True)
+class Factorized:
+    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, which nothing waits for."""
+
+    f: Factorization | None
+    certified: Callable[[], Made]
+
+
 def seeded(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each name: what is drawn does not depend on what was drawn before."""
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -59,11 +69,11 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, device: torch.device) -> Made:
+def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, device: torch.device) -> Factorized:
     """Compress the tensor of a checkpoint as planned.
 
     weight: (n, d), or (d, n) where p.transposed, in the type of the checkpoint.  Raises CheckpointError for values that are not
-    finite, or that leave the range of the scales.
+    finite, and when certified for such that leave the range of the scales.
     """
     started = time.perf_counter()
     check_finite(f"{p.name}.weight", weight)
@@ -72,12 +82,33 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
     W = W.T.contiguous() if p.transposed else W
     if p.format is None:
         norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
-        return Made(None, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason))
+        made = Made(None, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason))
+        return Factorized(None, lambda: made)
     generator = seeded(recipe.seed, p.name, device)
     target = W if seen.step is None else W + recipe.propagation * (W @ seen.step)
     G = None if seen.G is None else seen.G.to(device)
     f = factorize(target, p.asked, H=seen.H, G=G, generator=generator)
     assert f.stored_bits() <= p.format.stored_bits(), f"{p.name}: planned {p.format}, made {f.format}"
+    taken = time.perf_counter() - started
+
+    def certified() -> Made:
+        return Made(f, _record(p, common, f, seen, W, target, generator, taken))
+
+    return Factorized(f, certified)
+
+
+def _record(
+    p: LayerPlan,
+    common: dict[str, Any],
+    f: Factorization,
+    seen: Seen,
+    W: Tensor,
+    target: Tensor,
+    generator: torch.Generator,
+    taken: float,
+) -> LayerRecord:
+    """The record of f ~ target in place of W, `taken` seconds of which are over."""
+    started = time.perf_counter()
     facts = certify(W, f, p.spec, seen.H, generator, target=target)
     if not math.isfinite(facts["error"]) or not math.isfinite(facts["certificate"]):
         raise CheckpointError(
@@ -86,7 +117,7 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
         )
     facts["note"] = "; ".join(filter(None, [seen.note, facts.get("note", "")]))
     fmt = f.format
-    record = LayerRecord(
+    return LayerRecord(
         **common,
         method=made_by(p.shape, p.asked, fmt),
         rank=fmt.rank,
@@ -95,7 +126,6 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
         q_bits=fmt.q_bits,
         format=fmt.to_dict(),
         bits=fmt.stored_bits(),
-        seconds=time.perf_counter() - started,
+        seconds=taken + time.perf_counter() - started,
         **facts,
     )
-    return Made(f, record)
