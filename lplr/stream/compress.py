@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -41,11 +41,10 @@ from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
 from lplr.stream.matrix import UNREACHED, Made, Seen, compress_matrix, seeded
 from lplr.stream.moments import InputMoments, Original, collect
-from lplr.stream.overlap import ReadAhead, WriteBehind
+from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
 from lplr.stream.shards import Layout, shard_name, write_shard
 from lplr.stream.source import read_entries
 
-AT_ONCE = 4  # matrices in work at a time: each holds a few float32 copies of itself
 MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
@@ -116,7 +115,7 @@ class _Run:
     device: torch.device
     read: Callable[[str], Tensor] = field(init=False)  # a matrix of the checkpoint, by name
     writer: WriteBehind = field(init=False)
-    workers: ThreadPoolExecutor = field(init=False)
+    workers: Executor = field(init=False)
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
@@ -162,14 +161,13 @@ class _Run:
         """
         pending = [p for p in self.plans if p.block not in self.ledger.blocks] if self.tokens is None else []
         self.read = reader = ReadAhead(self.checkpoint.view.get, [f"{p.name}.weight" for p in pending])
-        count = min(AT_ONCE, torch.get_num_threads()) if self.device.type == "cpu" else 1
-        self.workers = ThreadPoolExecutor(count, thread_name_prefix="lplr-matrix")
+        self.workers = workers = matrix_workers(self.device)
         try:
             with WriteBehind() as self.writer:
                 yield
         finally:
             reader.close()
-            self.workers.shutdown(cancel_futures=True)
+            workers.shutdown(cancel_futures=True)
 
     def allocate(self, meter: _Meter) -> None:
         """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.

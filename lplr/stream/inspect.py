@@ -26,6 +26,7 @@ from lplr.stream.checkpoint import Checkpoint, LayerPlan
 from lplr.stream.compress import Notify
 from lplr.stream.device import usable_device
 from lplr.stream.matrix import seeded
+from lplr.stream.overlap import matrix_workers
 from lplr.stream.sensitivity import Say
 from lplr.stream.source import check_finite
 
@@ -108,8 +109,8 @@ def measured_losses(
     device = usable_device(recipe.device)
     tokens, _ = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
     generator = seeded(recipe.seed, KIND, device)
-    with tempfile.TemporaryDirectory() as folder:
-        line = allocation(checkpoint, chosen, recipe, tokens, Path(folder), device, generator, say)
+    with tempfile.TemporaryDirectory() as folder, matrix_workers(device) as workers:
+        line = allocation(checkpoint, chosen, recipe, tokens, Path(folder), device, generator, workers, say)
     return _losses(line, {p.name: (line["layers"][p.name]["bits"], prod(p.shape)) for p in chosen})
 
 
