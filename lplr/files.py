@@ -56,6 +56,15 @@ class Writer:
 
 
 @contextmanager
+def _told(path: Path, size: int = 0) -> Iterator[None]:
+    """What the system refuses to do in the block, as an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, size, error) from error
+
+
+@contextmanager
 def replacing(path: Path, size: int) -> Iterator[Writer]:
     """A file of `size` bytes that takes the place of `path` when the block ends well, and leaves nothing when it does not.
 
@@ -63,16 +72,15 @@ def replacing(path: Path, size: int) -> Iterator[Writer]:
     """
     partial = path.with_name(f".{path.name}.partial")  # one name a target: a killed run's remains are overwritten
     try:
-        _at("create", partial)
-        with open(partial, "wb") as file:
-            yield Writer(file, partial)
-            _sync(file, partial)
-        _at("rename", path)
-        partial.replace(path)
-        _at("renamed", path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise write_error(path, size, error) from error
+        with _told(path, size):
+            _at("create", partial)
+            with open(partial, "wb") as file:
+                yield Writer(file, partial)
+                _sync(file, partial)
+            _at("rename", path)
+            partial.replace(path)
+            _at("renamed", path)
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):  # gone when all went well; a folder that cannot be written holds none
             partial.unlink(missing_ok=True)
@@ -90,46 +98,51 @@ def write_text_atomic(path: Path, text: str) -> None:
 
 
 def append(path: Path, content: bytes) -> None:
-    """Add bytes to a file, in one write that reaches the disk before this returns."""
-    _at("append", path)
-    with open(path, "ab") as file:
-        file.write(content)
-        _sync(file, path)
+    """Add bytes to a file, in one write that reaches the disk before this returns; OutputError as for `replacing`."""
+    with _told(path, len(content)):
+        _at("append", path)
+        with open(path, "ab") as file:
+            file.write(content)
+            _sync(file, path)
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file, durably."""
-    _at("truncate", path)
-    with open(path, "r+b") as file:
-        file.truncate(size)
-        _sync(file, path)
+    """Cut a file, durably; OutputError as for `replacing`."""
+    with _told(path):
+        _at("truncate", path)
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            _sync(file, path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file that may be there; a loss of power may bring it back."""
-    _at("remove", path)
-    path.unlink(missing_ok=True)
+    """Remove a file that may be there; a loss of power may bring it back.  OutputError as for `replacing`."""
+    with _told(path):
+        _at("remove", path)
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, durably; one that is there is left as it is."""
+    """Make a folder and those above it, durably; one that is there is left as it is.  OutputError as for `replacing`."""
     if path.is_dir():
         return
     make_folder(path.parent)
-    _at("make", path)
-    path.mkdir(exist_ok=True)
+    with _told(path):
+        _at("make", path)
+        path.mkdir(exist_ok=True)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames, new names and removals in a folder durable."""
-    _at("sync folder", folder)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    _at("folder synced", folder)
+    """Make renames, new names and removals in a folder durable; OutputError as for `replacing`."""
+    with _told(folder):
+        _at("sync folder", folder)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        _at("folder synced", folder)
 
 
 def _sync(file: BinaryIO, path: Path) -> None:

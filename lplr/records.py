@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from lplr import files
 from lplr.errors import OutputError
@@ -41,7 +41,7 @@ class LayerRecord(BaseModel):
     kind: Literal["layer"] = "layer"
     name: str
     block: int
-    shape: tuple[int, int]
+    shape: tuple[PositiveInt, PositiveInt]
     stored: Literal["compressed", "dense"] = "compressed"
     method: str
     rank: int = 0
@@ -49,7 +49,7 @@ class LayerRecord(BaseModel):
     r_bits: float = 0
     q_bits: float = 0
     format: dict[str, Any] | None = None  # `factor.Format.to_dict` of what is stored; None of a dense matrix
-    bits: int  # all stored bits of the matrix
+    bits: int = Field(ge=0)  # all stored bits of the matrix
     source_sha256: str | None = None  # of the bytes of W as they were read, in the type and layout of the checkpoint
     norm: float
     error: float = 0.0

@@ -8,11 +8,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from lplr.errors import UnsupportedModel
 
 MOST_MODULES = 1 << 17  # layers, or layers times experts; the largest models have some 20,000
-# what other libraries raise over the content of a hostile file, beside their own types; RecursionError is a RuntimeError
+# what transformers and the libraries below it raise over the content of a hostile file; RecursionError is a RuntimeError
 FAULTS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, MemoryError)
+FAULTS += (StrictDataclassError,)
 _COUNT = re.compile(r"layers?$|experts$|block_count$|expert_count$")  # fields that become a number of modules
 
 

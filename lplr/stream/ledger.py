@@ -16,7 +16,7 @@ from typing import Any
 
 from lplr import records
 from lplr.errors import OutputError
-from lplr.files import make_folder, sha256, sync_folder, truncate, write_error
+from lplr.files import make_folder, sha256, sync_folder, truncate
 from lplr.records import LEDGER, TIME_FIELDS
 
 try:
@@ -76,10 +76,7 @@ class Ledger:
 
     def append(self, entries: list[dict[str, Any]]) -> None:
         """Add lines, durably, and remember them; OutputError when they cannot be written."""
-        try:
-            records.append(self.path, entries)
-        except OSError as error:
-            raise write_error(self.path, len(json.dumps(entries)), error) from error
+        records.append(self.path, entries)
         self.entries.extend(entries)
 
     def check_files(self) -> None:
@@ -173,10 +170,7 @@ def _mended(path: Path) -> list[dict[str, Any]]:
     raw = path.read_bytes()
     whole = sum(len(line) + 1 for line in raw.split(b"\n")[: len(entries)])
     if whole != len(raw):
-        try:
-            truncate(path, whole)
-        except OSError as error:
-            raise write_error(path, whole, error) from error
+        truncate(path, whole)
     records.check_files(path, entries)
     return entries
 

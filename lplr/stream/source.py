@@ -191,8 +191,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if not sound:
         raise CheckpointError(f"{path}: damaged, no weight_map of names: download it again")
     for file in sorted(set(placed.values())):
-        if file in ("", ".", "..") or any(mark in file for mark in ("/", "\\", ":", "\0")):
-            raise CheckpointError(f"{path}: shard name {file!r} leads out of the folder: do not use this checkpoint")
+        if file in ("", ".", "..") or len(file) > 255 or any(mark in file for mark in ("/", "\\", ":", "\0")):
+            raise CheckpointError(f"{path}: shard name {file[:99]!r} leads out of the folder: do not use this checkpoint")
         if not (path.parent / file).is_file():
             raise CheckpointError(f"{path.parent / file}: shard missing, {path.name} names it: download it again")
     return placed

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval.scale.flips import flips
 from lplr import records
 from lplr.errors import CheckpointError, VerificationError
 from lplr.files import sha256
@@ -122,6 +123,13 @@ def test_a_time_that_was_altered_and_a_seal_that_was_taken_out(out: Path):
             verify(out)
     seal = json.loads(raw.splitlines()[-1])["seal"]
     (out / "run.jsonl").write_text(raw.replace(f'"seal": "{seal}", ', ""))  # a folder older than the seal
+    verify(out)
+
+
+def test_random_bits_of_every_file_are_watched(out: Path):
+    """The campaign of `eval/scale/flips.py`, which flips 10,000."""
+    found = list(flips(out, 200, seed=1))
+    assert all(said for _, _, said in found) and len({name for name, _, _ in found}) > 8
     verify(out)
 
 
