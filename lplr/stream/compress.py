@@ -216,7 +216,9 @@ class _Run:
                 plans = [p for p in self.plans if p.block == i]
                 if i in pending:
                     self._compress_block(i, plans, inputs, originals, kwargs[i], meter)
-                elif originals is not None and any(j > i for j in pending):
+                else:
+                    gradients.drop(self.ledger.folder, i)  # a run that was killed behind the block's line may have left them
+                if i not in pending and originals is not None and any(j > i for j in pending):
                     with loaded(self.checkpoint, i, self.device) as block:
                         advance(block, originals, kwargs[i], self.device)
                 if inputs is not None and any(j > i for j in pending):
