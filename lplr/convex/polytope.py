@@ -30,6 +30,7 @@ from lplr.errors import RecipeError
 RANK = 1e-8  # singular values of unit columns below this, of the largest, are zero
 ZERO = 1e-8  # of sum p: coefficients below this are rounding of a solver
 TIES = 1e-8  # share of the minimum-norm criterion that settles ties of a quadratic one
+TIED = 1e-12  # coefficients that a step leaves with less than this of themselves are gone too
 THIN = 10  # steps of hit and run per dimension between two samples
 ROUNDS = 5
 
@@ -237,7 +238,7 @@ def descend(F: Tensor, a: Tensor, rank: float = RANK) -> Tensor:
         pivot = int(beta.abs().argmax())
         scale = scale * (1 - beta / beta[pivot])
         scale[pivot] = 0
-        kept = scale > 0
+        kept = scale > TIED
         left = (left @ row_space(left[~kept])[1])[kept]  # of them, those without the blocks that are gone
         a[used[~kept]] = 0
         used, scale = used[kept], scale[kept]
