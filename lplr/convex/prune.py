@@ -25,7 +25,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from lplr.convex.gates import Gates
@@ -39,7 +41,7 @@ from lplr.convex.solution import Solution
 from lplr.convex.solve import solve
 from lplr.errors import RecipeError, choose
 
-STEPS, ROUNDS, FALL = 150, 4, 1e-4  # of L-BFGS in a refit of a ReLU network, as long as a round gains this share
+STEPS, ROUNDS, FALL = 150, 3, 1e-3  # of L-BFGS in a refit of a ReLU network, as long as a round gains this share
 GAP = 1e-6  # relative, of a refit of a gated network
 Refit = Callable[[Network], Network]
 
@@ -189,45 +191,39 @@ def _refit_gated(network: GatedNetwork, X: Tensor, Y: Tensor, loss: str, lam: fl
 
 def _refit_relu(network: ReluNetwork, X: Tensor, Y: Tensor, loss: str, lam: float) -> Network:
     first, second = (_double(layer) for layer in network.layers)
-    parts = [p.detach().clone().requires_grad_() for p in (first.weight, first.bias, second.weight, second.bias)]
+    parts = [p.detach() for p in (first.weight, first.bias, second.weight, second.bias)]
+    sizes, shapes = [p.numel() for p in parts], [p.shape for p in parts]
+
+    def unpacked(x: Tensor) -> list[Tensor]:
+        return [part.view(shape) for part, shape in zip(x.split(sizes), shapes, strict=True)]
+
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        with torch.enable_grad():
+            at = torch.from_numpy(x.copy()).requires_grad_()
+            W, b, A, c = unpacked(at)
+            f = _smooth(loss, torch.relu(X @ W.T + b) @ A.T + c, Y)
+            value = f + lam / 2 * (at.square().sum() - c.square().sum())
+            return value.item(), torch.autograd.grad(value, at)[0].numpy()
+
     value = math.inf
     for _ in range(ROUNDS):  # a line search that ends at a kink goes on from there with a fresh model
-        before, value = value, _descend(parts, lambda: _objective(parts, X, Y, loss, lam))
-        _balance(parts)
-        if not value < before * (1 - FALL):
+        start = torch.cat([p.flatten() for p in parts]).numpy()
+        found = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options={"maxiter": STEPS, "maxcor": 20})
+        parts = _balanced(unpacked(torch.from_numpy(found.x)))
+        if not found.fun < value * (1 - FALL):
             break
-    W, b, A, c = (p.detach() for p in parts)
+        value = found.fun
+    W, b, A, c = parts
     return ReluNetwork(linear_layer(W, b), linear_layer(A, c))
 
 
-def _descend(parts: list[Tensor], objective: Callable[[], Tensor]) -> float:
-    """L-BFGS on parts, in place; the value it began from."""
-    optimiser = torch.optim.LBFGS(parts, max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-12)
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        value = objective()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        return optimiser.step(closure).item()
-
-
-@torch.no_grad()
-def _balance(parts: list[Tensor]) -> None:
-    """Both layers of every neuron equally long, in place: the same function, the least weight decay."""
-    W, b, A, _ = parts
-    inner, outer = (W.square().sum(1) + b.square()).sqrt(), A.norm(dim=0)
-    ratio = torch.where((inner > 0) & (outer > 0), (outer / inner.clamp_min(1e-300)).sqrt(), torch.zeros_like(inner))
-    W *= ratio[:, None]
-    b *= ratio
-    A /= ratio.where(ratio > 0, torch.inf)
-
-
-def _objective(parts: list[Tensor], X: Tensor, Y: Tensor, loss: str, lam: float) -> Tensor:
+def _balanced(parts: list[Tensor]) -> list[Tensor]:
+    """Both layers of every neuron equally long: the same function, the least weight decay."""
     W, b, A, c = parts
-    return _smooth(loss, torch.relu(X @ W.T + b) @ A.T + c, Y) + lam / 2 * sum(p.square().sum() for p in (W, b, A))
+    inner, outer = (W.square().sum(1) + b.square()).sqrt(), A.norm(dim=0)
+    alive = (inner > 0) & (outer > 0)
+    ratio = torch.where(alive, (outer / inner).sqrt(), torch.zeros_like(inner))
+    return [W * ratio[:, None], b * ratio, torch.where(alive, A / ratio, torch.zeros_like(A)), c]
 
 
 def _smooth(loss: str, Z: Tensor, Y: Tensor) -> Tensor:
