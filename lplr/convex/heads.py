@@ -167,7 +167,13 @@ def estimators_module() -> ModuleType:
 
 
 def fit_features(
-    X: Tensor, y: Tensor, Xt: Tensor, yt: Tensor, settings: dict[str, Any], lam: float | str, step: Step,
+    X: Tensor,
+    y: Tensor,
+    Xt: Tensor,
+    yt: Tensor,
+    settings: dict[str, Any],
+    lam: float | str,
+    step: Step,
     gates: str | Gates = "gaussian",
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The head's module, and the facts about it and the linear probe."""

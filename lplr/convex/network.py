@@ -157,7 +157,8 @@ def _gated(W: Tensor, constants: Tensor, gates: Gates, b: Tensor) -> Network:
     rows, group = torch.unique(rows, dim=0, return_inverse=True)
     U = U.new_zeros(len(rows), *U.shape[1:]).index_add_(0, group, U[kept])
     values, constants = U[:, :-1].mT.flatten(0, 1), U[:, -1].flatten()  # (m C, d), (m C,)
-    return GatedNetwork(linear_layer(rows[:, :-1], rows[:, -1]), linear_layer(values, constants), linear_layer(block[:-1].T, block[-1] + b))
+    skip = linear_layer(block[:-1].T, block[-1] + b)
+    return GatedNetwork(linear_layer(rows[:, :-1], rows[:, -1]), linear_layer(values, constants), skip)
 
 
 def _split(W: Tensor, ones: bool) -> tuple[Tensor, Tensor]:

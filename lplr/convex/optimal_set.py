@@ -4,13 +4,14 @@
                                                                                      ("columns"), for relu with signs
 theta = -grad f(Z) is the same at every optimum.  With q_b = Pi_{K_b}(A_b^T theta), ||q_b|| <= lam, the optima are
 
-    { w_b = alpha_b q_b / lam for b in E, else 0 :  alpha >= 0,  F alpha = z },   E = { b : ||q_b|| = lam },  F_b = vec(A_b q_b / lam)
+    { w_b = alpha_b q_b / lam for b in E, else 0 :  alpha >= 0,  F alpha = z },
+    E = { b : ||q_b|| = lam },   F_b = vec(A_b q_b / lam)
 
-(K_b the whole space for gated): alpha_b = ||w_b||, z is the one optimal fit, and sum alpha is constant because <theta, F_b> = lam.
+(K_b the whole space for gated): alpha_b = ||w_b||, z is the one optimal fit; sum alpha is constant as <theta, F_b> = lam.
 F and z are taken less what the loss does not see or b makes up for: means of columns with an intercept, of rows for softmax.
 Blocks that are in use at some optimum, S within E, are found by linear programmes (`polytope`).
 
-Networks.  An optimum is the network of neurons (alpha_b / lam)^{1/2} q_b with outer weights (alpha_b lam)^{1/2} (`network.export`).
+Networks.  An optimum is the network of neurons (alpha_b / lam)^{1/2} q_b, outer weights (alpha_b lam)^{1/2} (`network.export`).
 For relu with all patterns that can occur, all optimal networks are these, up to the order of neurons and splitting one into
 copies sqrt(s_k) (w, a), sum s_k = 1.  Neurons on a face of their cone may be shared by cells: the weights are then split in
 many ways, the network is the same (`same_network`).  A point of the set of a programme with fewer gates is stationary for
@@ -170,7 +171,7 @@ class OptimalSet:
         return self.blocks.fits(other) @ lengths + self.intercept(lengths)
 
     def contains(self, U: Tensor, b: Tensor, tol: float = TOL) -> bool:
-        """Whether weights U (P, d, C), or V (2, P, d, C), and b (C,) are an optimum: along q_b, non-negative, with the optimal fit."""
+        """Whether weights U (P, d, C), or V (2, P, d, C), and b (C,) are an optimum: along q_b, with its fit."""
         lengths = self.blocks.lengths(U)
         U, b = U.double(), b.double()
         off = (U - self.blocks.weights(lengths, self.problem)).norm()
@@ -198,8 +199,8 @@ class OptimalSet:
 def optimal_set(problem: Problem, penalty: Penalty, solution: Solution, *, tol: float = TOL) -> OptimalSet:
     """The set of all optima of a programme with solution `solution`, whose relative gap should be 1e-10 or less.
 
-    tol: blocks with ||q_b|| >= (1 - tol) lam may be used.  Raises RecipeError for the nuclear norm of several outputs, whose set is
-    no polytope, and for a solution whose gap is above tol or whose weights are on blocks that theta keeps out.
+    tol: blocks with ||q_b|| >= (1 - tol) lam may be used.  Raises RecipeError for the nuclear norm of several outputs, whose set
+    is no polytope, and for a solution whose gap is above tol or whose weights are on blocks that theta keeps out.
     """
     if penalty.norm == "nuclear" and problem.Y.shape[1] > 1:
         raise RecipeError("with the nuclear norm the optimal set is a spectrahedron, no polytope: use norm 'group' or 'columns'")
@@ -230,7 +231,7 @@ def optimal_sets(problem: Problem, norm: str = "group", *, lams: Sequence[float]
 def subsampled(problem: Problem, gates: Tensor) -> Problem:
     """The programme with some of the gates (K,) alone, indices or bool.
 
-    Its optima, zeros elsewhere, are stationary points of the network with all gates' patterns; optima where they are certified there.
+    Its optima, zeros elsewhere, are stationary points of the network with all patterns; optima where they are certified there.
     """
     return replace(problem, D=problem.D[:, gates])
 

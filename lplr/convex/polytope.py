@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,8 @@ class Polytope:
         if not self.dimension:
             return self.centre
         most = self.highest.diagonal() / self.total
-        N, p = self.free.numpy(), (self.point / self.total).numpy()
+        N: Any = self.free.numpy()
+        p: Any = (self.point / self.total).numpy()  # scipy's types know numbers alone as bounds
         below = LinearConstraint(np.hstack([N, np.zeros((K, K))]), lb=-p)
         linked = LinearConstraint(np.hstack([N, -np.diag(most.numpy() * (1 + ZERO))]), ub=-p)
         found = milp(
@@ -193,7 +195,9 @@ class Polytope:
 
 def _bounds(k: int, K: int) -> Bounds:
     """t free, binary variables between 0 and 1."""
-    return Bounds(np.append(np.full(k, -np.inf), np.zeros(K)), np.append(np.full(k, np.inf), np.ones(K)))
+    low: Any = np.append(np.full(k, -np.inf), np.zeros(K))
+    high: Any = np.append(np.full(k, np.inf), np.ones(K))
+    return Bounds(low, high)
 
 
 def _unit(b: int, K: int) -> Tensor:
@@ -224,9 +228,9 @@ def row_space(F: Tensor, rank: float = RANK) -> tuple[Tensor, Tensor]:
 def descend(F: Tensor, a: Tensor, rank: float = RANK) -> Tensor:
     """Coefficients a' (K,) >= 0 with F a' = F a, a > 0 where a' is, and columns of F in use independent.
 
-    While there is beta with sum beta_b a_b F_b = 0, its sign such that max |beta_b| = beta_b* > 0: a_b <- a_b (1 - beta_b / beta_b*),
-    which removes b*, at the least one; no coefficient more than doubles in a step.  All such beta are kept as one basis, from which
-    each step takes one away.  Source: Mishkin, Pilanci, ICML 2023, algorithm 1.
+    While there is beta with sum beta_b a_b F_b = 0, its sign such that max |beta_b| = beta_b* > 0:
+    a_b <- a_b (1 - beta_b / beta_b*), which removes b* at least; no coefficient more than doubles in a step.  All such beta are
+    kept as one basis, from which each step takes one away.  Source: Mishkin, Pilanci, ICML 2023, algorithm 1.
     """
     F, a = F.double(), a.double().clone()
     used = (a > 0).nonzero()[:, 0]
@@ -246,4 +250,3 @@ def descend(F: Tensor, a: Tensor, rank: float = RANK) -> Tensor:
     if len(used):
         a[used] += torch.linalg.lstsq(F[:, used], (goal - F @ a)[:, None]).solution[:, 0]
     return a.clamp_min(0)
-

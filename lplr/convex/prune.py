@@ -3,15 +3,15 @@
 Neuron b of a two-layer network adds Z_b (n, C) to the outputs on the samples ("contribution").  Both steps scale neurons, Z_b ->
 c_b Z_b with c_b >= 0, and the intercept takes up the change of the mean:
 
-    exact           sum beta_b c_b Z_b = 0, beta_b* = max |beta_b|:   c_b <- c_b (1 - beta_b / beta_b*);  the outputs stay as they are
-    least squares   i with the least ||Z_i - sum_{b != i} a_b Z_b||, beta = (a, -1):  the same step, an error of at most this residual
+    exact           sum beta_b c_b Z_b = 0, beta_b* = max |beta_b|:   c_b <- c_b (1 - beta_b / beta_b*);  the outputs stay
+    least squares   i with the least ||Z_i - sum_{b != i} a_b Z_b||, beta = (a, -1):  the same step, off by at most this residual
 
-Exact pruning of a stationary network keeps its weight decay too, for lam sum beta_b ||w_b|| = <theta, sum beta_b Z_b> = 0.  It ends
-with independent contributions, at most n C neurons (n + 1 in general position with an intercept, C = 1); no strict part of them
-has the same outputs with rescaled neurons, though another choice might (`polytope`).
+Exact pruning of a stationary network keeps its weight decay too: lam sum beta_b ||w_b|| = <theta, sum beta_b Z_b> = 0.  It ends
+with independent contributions less means, at most (n - 1) C neurons; no strict part of them has the same outputs with rescaled
+neurons, though another choice might (`polytope`).
 With n much larger than the number of neurons contributions are mostly independent, and nothing can be removed exactly.
-Refit: what is left is trained again at its own size, which rescaling alone does not do: a gated network to the optimum of its gates'
-programme, a ReLU network to a local minimum of the same objective, f + lam/2 (||W1||^2 + ||W2||^2), so patterns may move.
+Refit: what is left is trained again at its own size, which rescaling alone does not do: a gated network to the optimum of its
+gates' programme, a ReLU network to a local minimum of the same objective, f + lam/2 (||W1||^2 + ||W2||^2), so patterns may move.
 The size is chosen on samples that were kept apart: the smallest within one standard error of the best.
 
 With the Gram matrix G of contributions, residual i is 1 / (G^{-1})_ii^{1/2} and beta is column i of G^{-1}: one factor a step.
@@ -57,7 +57,7 @@ class Sized:
 
 
 def exact(contributions: Tensor, rank: float = RANK) -> Tensor:
-    """Multipliers c (K,) >= 0 with sum c_b Z_b = sum Z_b, those Z_b with c_b > 0 independent; contributions (n, C, K) or (m, K)."""
+    """Multipliers c (K,) >= 0 with sum c_b Z_b = sum Z_b, Z_b with c_b > 0 independent; contributions (n, C, K) or (m, K)."""
     return descend(_flat(contributions), torch.ones(contributions.shape[-1], dtype=torch.float64), rank)
 
 
@@ -102,7 +102,9 @@ def two_layers(module: nn.Module) -> Network:
     parts = list(module.children())
     if [type(part) for part in parts] != [nn.Linear, nn.ReLU, nn.Linear]:
         shown = ", ".join(type(part).__name__ for part in parts) or type(module).__name__
-        raise RecipeError(f"only networks of two layers can be pruned, this is {shown}: give a Sequential of Linear, ReLU, Linear")
+        raise RecipeError(
+            f"only networks of two layers can be pruned, this is {shown}: give a Sequential of Linear, ReLU, Linear"
+        )
     return ReluNetwork(*(_double(part) for part in parts if isinstance(part, nn.Linear)))
 
 
@@ -121,7 +123,7 @@ def contributions(network: Network, X: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rescaled(network: Network, multipliers: Tensor, X: Tensor) -> Network:
-    """The network with neuron b times c_b (K,), those of c_b = 0 left out, and its intercept moved by the mean change on X (n, d)."""
+    """The network with neuron b times c_b (K,), without those of c_b = 0, its intercept moved by the mean change on X (n, d)."""
     kept = multipliers > 0
     c, C = multipliers[kept], network.shape[2]
     Z = contributions(network, X)
@@ -139,10 +141,11 @@ def rescaled(network: Network, multipliers: Tensor, X: Tensor) -> Network:
 
 
 def refit(network: Network, X: Tensor, Y: Tensor, *, loss: str = "squared", lam: float = 1e-3) -> Network:
-    """The network trained again at its size: min f(Z; Y) + lam/2 (||W1||^2 + ||W2||^2), output bias free; neurons may end at zero.
+    """The network trained again at its size: min f(Z; Y) + lam/2 (||W1||^2 + ||W2||^2), output bias free.
 
-    Gated: with its gates as they are, to the global optimum (a relative gap of GAP); a skip without weights stays so.  ReLU: from the
-    present weights, to a local minimum.  X (n, d), Y (n, C) as `Problem` wants it, for networks of as many outputs.
+    Gated: with its gates as they are, to the global optimum (a relative gap of GAP); a skip without weights stays so.  ReLU: from
+    the present weights, to a local minimum.  Neurons may end at zero.  X (n, d), Y (n, C) as `Problem` wants them, of as many
+    outputs.
     """
     choose(LOSSES, loss, "loss")
     if Y.shape[1] != network.shape[2]:
@@ -244,4 +247,3 @@ def _flat(contributions: Tensor) -> Tensor:
 def _double(linear: nn.Linear) -> nn.Linear:
     bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
     return linear_layer(linear.weight.detach().double(), bias.detach().double())
-

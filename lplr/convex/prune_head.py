@@ -33,7 +33,7 @@ Step = Callable[[float, float, str], None]
 
 @dataclass(frozen=True)
 class SizeRow:
-    """A size: gates kept, neurons and parameters of the refitted head, NLL with its standard error and accuracy on texts kept apart,
+    """A size: gates kept; neurons and parameters of the refitted head; NLL, its standard error and accuracy on texts kept apart;
     accuracy on held-out text.
     """
 
@@ -113,7 +113,9 @@ def _same_labels(head: Path, classes: list[str], *texts: Any) -> None:
     for one in texts:
         strange = sorted(set(one.labels) - set(classes))
         if strange:
-            raise DatasetError(f"{one.name}: label {strange[0]!r} is none of {head}'s, {', '.join(classes)}: use the head's own text")
+            raise DatasetError(
+                f"{one.name}: label {strange[0]!r} is none of {head}'s, {', '.join(classes)}: use the head's own text"
+            )
 
 
 def _orders(network: Network, X: Tensor, gates: int | None) -> dict[int, Tensor]:

@@ -77,7 +77,9 @@ def sensitivity(problem: Problem, penalty: Penalty, solution: Solution) -> Sensi
         flat[0] = False
         values[0] = torch.inf if values[0] <= floor else values[0]
     if flat.any():
-        raise RecipeError("the optimum is not unique, so it has no derivative: take `prune.minimal`, or one gate less of equal ones")
+        raise RecipeError(
+            "the optimum is not unique, so it has no derivative: take `prune.minimal`, or one gate less of equal ones"
+        )
     inverse = (vectors / values) @ vectors.T
     by_targets = inverse @ A.permute(1, 0, 2).flatten(1) / len(Y) if problem.loss == "squared" else None
     by_lam = _split(-spread @ (inverse @ units), tuple(U.shape))
@@ -101,7 +103,10 @@ def _active(problem: Problem, penalty: Penalty, U: Tensor, b: Tensor) -> tuple[T
     sizes = [basis.shape[1] for _, basis in blocks]
     free = C if problem.intercept else 0
     spread = torch.zeros(U.numel() + C, sum(sizes) + free, dtype=torch.float64)
-    units, curved = torch.zeros(sum(sizes) + free, dtype=torch.float64), torch.zeros(sum(sizes) + free, sum(sizes) + free, dtype=torch.float64)
+    units, curved = (
+        torch.zeros(sum(sizes) + free, dtype=torch.float64),
+        torch.zeros(sum(sizes) + free, sum(sizes) + free, dtype=torch.float64),
+    )
     at = 0
     for (entries, basis), size in zip(blocks, sizes, strict=True):
         part = slice(at, at + size)
@@ -128,4 +133,3 @@ def _tangent(problem: Problem, w: Tensor) -> Tensor:
 def _split(column: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     C = shape[-1]
     return column[:-C].view(shape), column[-C:]
-

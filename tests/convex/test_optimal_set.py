@@ -83,9 +83,7 @@ def test_the_objective_is_constant_over_the_set_and_optimal(activation, loss, no
 def test_directions_from_two_optima_agree(activation, loss, norm, intercept, C, seed):
     problem, _ = gaussian_problem(activation, loss, intercept, C, seed)
     _, _, found = solved(problem, norm)
-    pulled = [
-        problem.adjoint(-LOSSES[loss].gradient(problem.fit(one.U, one.b), problem.Y)) for one in elements(found)
-    ]
+    pulled = [problem.adjoint(-LOSSES[loss].gradient(problem.fit(one.U, one.b), problem.Y)) for one in elements(found)]
     for other in pulled[1:]:
         assert other == pytest.approx(pulled[0], abs=1e-9)
     for k in range(len(found.blocks)):
@@ -95,7 +93,9 @@ def test_directions_from_two_optima_agree(activation, loss, norm, intercept, C, 
         if activation == "relu":  # its projection onto the cone: a + G^T rho, rho >= 0 of least length
             G = (2 * problem.D[:, gate, None] - 1.0) * problem.X
             a = a + G.T @ torch.from_numpy(nnls(G.T.numpy(), -a[:, 0].numpy())[0])[:, None]
-        assert direction == pytest.approx(a / a.norm(), abs=1e-5 if activation == "relu" else 1e-9)  # what weights in cones solve to
+        assert direction == pytest.approx(
+            a / a.norm(), abs=1e-5 if activation == "relu" else 1e-9
+        )  # what weights in cones solve to
 
 
 @pytest.mark.parametrize("activation, loss, norm, intercept, C, seed", [p for p in PROGRAMMES if p[1] == "squared"])
@@ -142,7 +142,9 @@ def test_a_set_in_closed_form():
     assert sorted(fewest.tolist()) == pytest.approx([0, 0, 0, 0, length, length], abs=1e-9)
     weights = found.solution(fewest).U
     assert weights.abs().amax(0) == pytest.approx(torch.full((4, 1), length / 2**0.5, dtype=float64), rel=1e-9)
-    target = torch.tensor([[1.0, 2, 3, 4]], dtype=float64)  # validation sample: outputs are sums of x_j over the pairs of one gate
+    target = torch.tensor(
+        [[1.0, 2, 3, 4]], dtype=float64
+    )  # validation sample: outputs are sums of x_j over the pairs of one gate
     other = replace(problem, X=target, Y=torch.tensor([[0.0]], dtype=float64), D=torch.tensor([[True] + [False] * 5]))
     assert found.outputs(found.best_on(other), other).item() == pytest.approx(0, abs=1e-6)
     other = replace(other, Y=torch.tensor([[100.0]], dtype=float64))
@@ -187,7 +189,7 @@ def test_fewer_gates_give_stationary_points_of_the_network_with_all(seed: int):
     sizes = U.norm(dim=1, keepdim=True)
     first = (U / sizes.clamp_min(1e-300).sqrt()).requires_grad_()
     second = sizes.sqrt().requires_grad_()
-    Z = ((problem.X @ first.T) * small.D @ second)
+    Z = (problem.X @ first.T) * small.D @ second
     objective = (Z - problem.Y).square().mean() / 2 + penalty.lam / 2 * (first.square().sum() + second.square().sum())
     gradients = torch.autograd.grad(objective, (first, second))
     assert max(g.abs().max().item() for g in gradients) < 1e-8  # the root of a length that is 1e-16 by rounding
@@ -243,4 +245,3 @@ def test_a_pattern_that_is_there_twice_adds_a_dimension():
     nearly = replace(problem, D=D)
     found = optimal_set(nearly, Penalty(0.1), solve(nearly, Penalty(0.1), tol=1e-12))
     assert len(found.blocks) == 7 and found.polytope.dimension == 3
-

@@ -63,7 +63,9 @@ def test_ranges_support_dimension_and_fewest_are_those_of_the_vertices(seed: int
     fewest = polytope.sparsest()
     assert (fewest > 0).sum() == (corners > 0).sum(1).min() and polytope.contains(fewest)
     c = torch.randn(len(p), generator=torch.Generator().manual_seed(seed), dtype=float64)
-    assert float(c @ polytope.minimise(c)) == pytest.approx((corners @ c.numpy()).min(), abs=1e-6 * (np.abs(corners) @ np.abs(c.numpy())).max())
+    assert float(c @ polytope.minimise(c)) == pytest.approx(
+        (corners @ c.numpy()).min(), abs=1e-6 * (np.abs(corners) @ np.abs(c.numpy())).max()
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,7 +145,9 @@ def test_degenerate_input():
     assert nothing.dimension == 0 and not nothing.support.any()
     twins = Polytope.of(torch.ones(2, 2, dtype=float64), torch.tensor([1.0, 1.0], dtype=float64))
     assert twins.vertex(twins.point).sort()[0] == pytest.approx(torch.tensor([0.0, 2.0], dtype=float64))
-    assert descend(torch.zeros(2, 2, dtype=float64), torch.ones(2, dtype=float64)) == pytest.approx(torch.zeros(2))  # dead neurons
+    assert descend(torch.zeros(2, 2, dtype=float64), torch.ones(2, dtype=float64)) == pytest.approx(
+        torch.zeros(2)
+    )  # dead neurons
     unbounded = Polytope.of(torch.tensor([[1.0, -1.0]], dtype=float64), torch.ones(2, dtype=float64))
     with pytest.raises(RecipeError, match="unbounded"):
         unbounded.minimise(torch.tensor([-1.0, 0.0], dtype=float64))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lplr.convex import Gates, Penalty, Problem, lambda_max, patterns, solve
 from lplr.convex.network import GatedNetwork, ReluNetwork, export
+from lplr.convex.optimal_set import optimal_set
 from lplr.convex.prune import (
     Sized,
     by_size,
@@ -29,7 +30,6 @@ from lplr.convex.prune import (
     smallest,
     two_layers,
 )
-from lplr.convex.optimal_set import optimal_set
 from lplr.errors import RecipeError
 
 float64 = torch.float64

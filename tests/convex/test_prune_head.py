@@ -6,15 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
+from runs import run, settings
 from typer.testing import CliRunner
 
 from lplr.errors import CheckpointError, DatasetError, OutputError
 
 pytest.importorskip("sklearn")
 
-from convex.test_heads import SMALL, folder, labelled, texts  # noqa: E402, F401
+from convex.test_heads import SMALL, labelled  # noqa: E402
 
 from lplr.cli import app  # noqa: E402
 from lplr.convex.heads import FACTS, HeadFit, fit_head  # noqa: E402
@@ -25,11 +27,24 @@ from lplr.hf.classifier import WEIGHTS, is_head  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def heads(folder: Path, texts: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, HeadFit]:  # noqa: F811
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    run(settings(checkpoints.write(root / "base", "llama")), root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("words")
+    return labelled(root / "train.jsonl", 120), labelled(root / "test.jsonl", 60, 1)
+
+
+@pytest.fixture(scope="module")
+def heads(model: Path, words: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, HeadFit]:
     root = tmp_path_factory.mktemp("heads")
     return {
         activation: fit_head(
-            str(folder), texts[0], held_out=texts[1], activation=activation, output=root / activation, lam=0.01, **SMALL
+            str(model), words[0], held_out=words[1], activation=activation, output=root / activation, lam=0.01, **SMALL
         )
         for activation in ("gated", "relu")
     }
@@ -37,9 +52,12 @@ def heads(folder: Path, texts: tuple[str, str], tmp_path_factory: pytest.TempPat
 
 @pytest.mark.parametrize("activation", ["gated", "relu"])
 def test_every_size_is_measured_and_the_smallest_good_one_is_kept(
-    activation: str, heads: dict[str, HeadFit], texts: tuple[str, str], tmp_path: Path  # noqa: F811
+    activation: str,
+    heads: dict[str, HeadFit],
+    words: tuple[str, str],
+    tmp_path: Path,
 ):
-    old, (train, test) = heads[activation], texts
+    old, (train, test) = heads[activation], words
     found = prune_head(Path(old.folder), train, held_out=test, output=tmp_path / "less")
     counts = [row.gates for row in found.sizes]
     assert counts == sorted(counts, reverse=True) and counts[-1] == (0 if activation == "gated" else 1)
@@ -59,8 +77,8 @@ def test_every_size_is_measured_and_the_smallest_good_one_is_kept(
     assert measured.accuracy == found.head.accuracy
 
 
-def test_a_size_of_ones_own_and_the_command(heads: dict[str, HeadFit], texts: tuple[str, str], tmp_path: Path):  # noqa: F811
-    old, (train, _) = heads["gated"], texts
+def test_a_size_of_ones_own_and_the_command(heads: dict[str, HeadFit], words: tuple[str, str], tmp_path: Path):
+    old, (train, _) = heads["gated"], words
     head = tmp_path / "copy"
     shutil.copytree(old.folder, head)
     config = json.loads((head / "config.json").read_text())
@@ -76,11 +94,14 @@ def test_a_size_of_ones_own_and_the_command(heads: dict[str, HeadFit], texts: tu
 
 
 def test_what_cannot_be_pruned_is_refused(
-    heads: dict[str, HeadFit], texts: tuple[str, str], folder: Path, tmp_path: Path  # noqa: F811
+    heads: dict[str, HeadFit],
+    words: tuple[str, str],
+    model: Path,
+    tmp_path: Path,
 ):
-    head, (train, _) = Path(heads["gated"].folder), texts
+    head, (train, _) = Path(heads["gated"].folder), words
     with pytest.raises(CheckpointError, match="is no head"):
-        prune_head(folder, train)
+        prune_head(model, train)
     other = labelled(tmp_path / "three.jsonl", 20, classes=("a", "b"))
     with pytest.raises(DatasetError, match="label 'a' is none of"):
         prune_head(head, other)
