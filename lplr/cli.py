@@ -249,10 +249,12 @@ def prune_head(
     with clear_errors():
         from lplr.convex.prune_head import COLUMNS, as_table
         from lplr.convex.prune_head import prune_head as run
+        from lplr.report.curves import write_pruning
 
         with progress_bar("prune-head") as step:
             found = run(head, dataset, held_out=held_out, output=output, limit=limit, gates=gates, device=device, progress=step)
         tables.rows(found.head.folder, COLUMNS, as_table(found))
+        notice(f"{write_pruning(Path(found.head.folder))}: accuracy against size")
         out.print(f"{found.before} neurons before, {found.head.neurons} now. {found.head.verdict.capitalize()}.", soft_wrap=True)
 
 
