@@ -230,6 +230,34 @@ def fit_head(
         out.print(f"On the held-out text: {found.verdict}.", soft_wrap=True)
 
 
+@app.command("prune-head")
+def prune_head(
+    head: Annotated[Path, typer.Argument(metavar="HEAD", help="A folder that `lplr fit-head` wrote.", show_default=False)],
+    dataset: Annotated[str, typer.Option(help="Labelled text, best that of the head: a fifth of it chooses the size.")],
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Labelled text to report on, which chooses nothing (a fifth of the dataset).", show_default=False),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the new head (HEAD-pruned).")] = None,
+    gates: Annotated[
+        int | None, typer.Option(help="Keep so many gates, in place of choosing.", min=1, show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N rows only.", min=1, show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="Where to run the model: cpu or cuda.")] = "cpu",
+) -> None:
+    """Prune a head to fewer neurons and fit it again: accuracy against size, and the size that was chosen."""
+    with clear_errors():
+        from lplr.convex.prune_head import COLUMNS, as_table
+        from lplr.convex.prune_head import prune_head as run
+        from lplr.report.curves import write_pruning
+
+        with progress_bar("prune-head") as step:
+            found = run(head, dataset, held_out=held_out, output=output, limit=limit, gates=gates, device=device, progress=step)
+        tables.rows(found.head.folder, COLUMNS, as_table(found))
+        notice(f"{write_pruning(Path(found.head.folder))}: accuracy against size")
+        out.print(f"{found.before} neurons before, {found.head.neurons} now. {found.head.verdict.capitalize()}.", soft_wrap=True)
+
+
 def _number(lam: str) -> float | str:
     if lam == "cv":
         return lam

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,13 @@ def facts(title: str, rows: list[tuple[str, str]]) -> None:
     table = Table("measure", "value", title=escape(title))
     for measure, value in rows:
         table.add_row(measure, escape(value))
+    out.print(table)
+
+
+def rows(title: str, columns: Sequence[str], found: Sequence[Sequence[str]]) -> None:
+    table = Table(*columns, title=escape(title))
+    for row in found:
+        table.add_row(*map(escape, row))
     out.print(table)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import lplr
+from lplr.convex.gates import Gates
 from lplr.errors import CheckpointError, DatasetError, OutputError, RecipeError, choose
 from lplr.hf.classifier import HeadConfig, HeadModel, is_head, write_head
 from lplr.hf.export import TOKENIZER_FILES
@@ -104,7 +105,7 @@ def fit_head(
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{model} is no folder of a model: give one that `lplr compress` wrote, or of transformers")
     choose(POOLINGS, pooling, "pooling")
-    _estimators()
+    estimators_module()
     step = progress or (lambda *_: None)
     settings = {"pooling": pooling, "seqlen": seqlen, "activation": activation, "n_gates": n_gates, "seed": seed}
     old = _settings_of(like) if like is not None else {}
@@ -117,14 +118,14 @@ def fit_head(
     rest = read_labelled(held_out, split="heldout") if held_out is not None else None
     classes = _classes(data, rest)
     started = time.perf_counter()
-    X, Xt = _features(folder, data, rest, settings, target.parent, device, step)
+    X, Xt = features_of(folder, data, rest, settings, target.parent, device, step)
     seen = time.perf_counter()
     y = torch.tensor([classes.index(label) for label in data.labels])
     if rest is None or Xt is None:
-        X, y, Xt, yt = _split(X, y, settings["seed"])
+        X, y, Xt, yt = held_apart(X, y, settings["seed"])
     else:
         yt = torch.tensor([classes.index(label) for label in rest.labels])
-    head, facts = _fit(X, y, Xt, yt, settings, lam, step)
+    head, facts = fit_features(X, y, Xt, yt, settings, lam, step)
     facts |= {"seconds_features": seen - started, "seconds_fit": time.perf_counter() - seen}
     found = HeadFit(
         folder=str(target),
@@ -138,7 +139,7 @@ def fit_head(
         lplr=lplr.__version__,
         **facts,
     )
-    _write(target, folder, head, found)
+    write(target, folder, head, found)
     return found
 
 
@@ -156,7 +157,7 @@ def as_table(found: HeadFit) -> list[tuple[str, str]]:
     ]
 
 
-def _estimators() -> ModuleType:
+def estimators_module() -> ModuleType:
     """The estimators of scikit-learn's contract; RecipeError without scikit-learn."""
     try:
         from lplr.convex import estimators
@@ -165,15 +166,22 @@ def _estimators() -> ModuleType:
     return estimators
 
 
-def _fit(
-    X: Tensor, y: Tensor, Xt: Tensor, yt: Tensor, settings: dict[str, Any], lam: float | str, step: Step
+def fit_features(
+    X: Tensor,
+    y: Tensor,
+    Xt: Tensor,
+    yt: Tensor,
+    settings: dict[str, Any],
+    lam: float | str,
+    step: Step,
+    gates: str | Gates = "gaussian",
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The head's module, and the facts about it and the linear probe."""
     from lplr.evaluate.classification import accuracy, nll
 
-    estimators = _estimators()
+    estimators = estimators_module()
     chosen = {"activation": settings["activation"], "n_gates": settings["n_gates"], "random_state": settings["seed"]}
-    estimator = estimators.ConvexHeadClassifier(lam=lam, callback=step, **chosen)
+    estimator = estimators.ConvexHeadClassifier(lam=lam, gates=gates, callback=step, **chosen)
     estimator.fit(X.double().numpy(), y.numpy())
     network = estimator.to_torch()
     step(1.0, 1.0, "fitting the linear probe")
@@ -195,7 +203,7 @@ def _fit(
     }
 
 
-def _features(
+def features_of(
     folder: Path, data: Labelled, rest: Labelled | None, settings: dict[str, Any], heads: Path, device: str, step: Step
 ) -> tuple[Tensor, Tensor | None]:
     """Features of both texts, from the cache in the folder of the heads where they are there."""
@@ -220,7 +228,7 @@ def _features(
     return found[0], found[1] if rest is not None else None
 
 
-def _split(X: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def held_apart(X: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(X, y) to fit and (X, y) to compare on: HELD_OUT of every class."""
     generator = torch.Generator().manual_seed(seed)
     apart = torch.zeros(len(y), dtype=torch.bool)
@@ -258,7 +266,7 @@ def _settings_of(like: Path) -> dict[str, Any]:
         raise RecipeError(f"{like} holds no {FACTS}: give a folder that `lplr fit-head` wrote") from None
 
 
-def _write(target: Path, folder: Path, head: torch.nn.Module, found: HeadFit) -> None:
+def write(target: Path, folder: Path, head: torch.nn.Module, found: HeadFit) -> None:
     """The head's folder, whole or not at all; one that was there is replaced."""
     target.parent.mkdir(parents=True, exist_ok=True)
     labels = dict(enumerate(found.classes))

@@ -128,6 +128,37 @@ def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
     return _svg(draw, _PANEL, slug)
 
 
+def accuracy_of_sizes(points: Sequence[tuple[int, float, float]], chosen: int, slug: str) -> str:
+    """Accuracy on samples kept apart (dots) and held-out ones (squares) of (size, apart, held out) points; the chosen size."""
+
+    def draw(axes: Axes) -> None:
+        sizes = [size for size, _, _ in points]
+        axes.plot(sizes, [apart for _, apart, _ in points], "o-", color=_ERROR, markersize=4, linewidth=1.2)
+        axes.plot(sizes, [held for _, _, held in points], "s-.", color=_OPTIMAL, markersize=4, linewidth=1.2)
+        axes.axvline(chosen, color=_CERTIFICATE, linewidth=1.5, linestyle="--")
+        axes.set_xlabel("gates")
+        axes.set_ylabel("accuracy")
+        _whole_numbers(axes)
+
+    return _svg(draw, _WIDE, slug)
+
+
+def lengths_of_path(lams: Sequence[float], lengths: Sequence[Sequence[float]], slug: str) -> str:
+    """Lengths of the weights of every gate, a row for each penalty, against the penalty, largest first, on a logarithmic axis."""
+
+    def draw(axes: Axes) -> None:
+        for curve in zip(*lengths, strict=True):
+            if any(curve):
+                axes.plot(lams, curve, "-", color=_ERROR, alpha=0.6, linewidth=1.0)
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        _plain_ticks(axes.xaxis)
+        axes.set_xlabel("λ")
+        axes.set_ylabel("‖Uᵢ‖")
+
+    return _svg(draw, _WIDE, slug)
+
+
 def _plain_ticks(axis: Axis, base: int = 10) -> None:
     """Plain numbers on a logarithmic axis: matplotlib's powers are markup that stays text here."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
