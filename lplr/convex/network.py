@@ -143,7 +143,7 @@ def _relu(V: Tensor, b: Tensor, mean: Tensor | None, scale: Tensor | None, ones:
     second[keys[:, -1].long(), torch.arange(len(keys), device=keys.device)] = roots * (1 - 2 * keys[:, -2])
     W, constants = _split((vectors / roots[:, None]).T, ones)
     W, constants = fold(W, constants, mean, scale)
-    return ReluNetwork(_linear(W.T, constants), _linear(second, b))
+    return ReluNetwork(linear_layer(W.T, constants), linear_layer(second, b))
 
 
 def _gated(W: Tensor, constants: Tensor, gates: Gates, b: Tensor) -> Network:
@@ -157,7 +157,9 @@ def _gated(W: Tensor, constants: Tensor, gates: Gates, b: Tensor) -> Network:
     rows, group = torch.unique(rows, dim=0, return_inverse=True)
     U = U.new_zeros(len(rows), *U.shape[1:]).index_add_(0, group, U[kept])
     values, constants = U[:, :-1].mT.flatten(0, 1), U[:, -1].flatten()  # (m C, d), (m C,)
-    return GatedNetwork(_linear(rows[:, :-1], rows[:, -1]), _linear(values, constants), _linear(block[:-1].T, block[-1] + b))
+    return GatedNetwork(
+        linear_layer(rows[:, :-1], rows[:, -1]), linear_layer(values, constants), linear_layer(block[:-1].T, block[-1] + b)
+    )
 
 
 def _split(W: Tensor, ones: bool) -> tuple[Tensor, Tensor]:
@@ -165,7 +167,7 @@ def _split(W: Tensor, ones: bool) -> tuple[Tensor, Tensor]:
     return (W[:-1], W[-1]) if ones else (W, torch.zeros_like(W[0]))
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A Linear with these parameters; any of its sizes may be zero."""
     made = nn.Linear(1, 1, device="meta")  # which draws no numbers
     made.out_features, made.in_features = weight.shape
@@ -185,12 +187,12 @@ def two_logits(network: Network) -> Network:
         """Every row below a row of zeros."""
         weight, bias = linear.weight.detach(), linear.bias.detach()
         rows = torch.stack([torch.zeros_like(weight), weight], 1).flatten(0, 1)
-        return _linear(rows, torch.stack([torch.zeros_like(bias), bias], 1).flatten())
+        return linear_layer(rows, torch.stack([torch.zeros_like(bias), bias], 1).flatten())
 
     if isinstance(network, ReluNetwork):
         first, second = network.layers
-        return ReluNetwork(_linear(first.weight.detach(), first.bias.detach()), doubled(second))
-    gates = _linear(network.gates.weight, network.gates.bias)
+        return ReluNetwork(linear_layer(first.weight.detach(), first.bias.detach()), doubled(second))
+    gates = linear_layer(network.gates.weight, network.gates.bias)
     return GatedNetwork(gates, doubled(network.values), doubled(network.skip))
 
 
@@ -258,7 +260,7 @@ def extras(path: str | Path) -> dict[str, Tensor]:
 
 
 def _build(kind: str, tensors: Mapping[str, Tensor]) -> Network:
-    parts = [_linear(tensors[w], tensors[b]) for w, b in zip(KEYS[kind][::2], KEYS[kind][1::2], strict=True)]
+    parts = [linear_layer(tensors[w], tensors[b]) for w, b in zip(KEYS[kind][::2], KEYS[kind][1::2], strict=True)]
     return ReluNetwork(*parts) if kind == "relu" else GatedNetwork(*parts)
 
 
