@@ -117,7 +117,7 @@ def fit_head(
     rest = read_labelled(held_out, split="heldout") if held_out is not None else None
     classes = _classes(data, rest)
     started = time.perf_counter()
-    X, Xt = _features(folder, data, rest, settings, target.parent, device, step)
+    X, Xt = features_of(folder, data, rest, settings, target.parent, device, step)
     seen = time.perf_counter()
     y = torch.tensor([classes.index(label) for label in data.labels])
     if rest is None or Xt is None:
@@ -195,7 +195,7 @@ def _fit(
     }
 
 
-def _features(
+def features_of(
     folder: Path, data: Labelled, rest: Labelled | None, settings: dict[str, Any], heads: Path, device: str, step: Step
 ) -> tuple[Tensor, Tensor | None]:
     """Features of both texts, from the cache in the folder of the heads where they are there."""
