@@ -258,6 +258,26 @@ def prune_head(
         out.print(f"{found.before} neurons before, {found.head.neurons} now. {found.head.verdict.capitalize()}.", soft_wrap=True)
 
 
+@app.command("explain-head")
+def explain_head(
+    head: Annotated[Path, typer.Argument(metavar="HEAD", help="A folder that `lplr fit-head` wrote.", show_default=False)],
+    dataset: Annotated[str, typer.Option(help="Labelled text: a jsonl, tsv or csv file, or a Hub dataset.", show_default=False)],
+    neurons: Annotated[int, typer.Option(help="Neurons to tell about, the strongest first.")] = 8,
+    samples: Annotated[int, typer.Option(help="Texts that a neuron is made of.")] = 4,
+    limit: Annotated[int | None, typer.Option(help="Use the first N texts only.", show_default=False)] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
+) -> None:
+    """The texts that the neurons of a head are made of: printed, and as one self-contained HTML page beside the head."""
+    with clear_errors():
+        from lplr.convex.explain import explain_head as run
+        from lplr.report.neurons import write_explanation
+
+        with progress_bar("explain-head") as step:
+            found = run(head, dataset, neurons=neurons, samples=samples, limit=limit, device=device, progress=step)
+        tables.neurons(found)
+        out.print(f"wrote {escape(str(write_explanation(head)))}", soft_wrap=True)
+
+
 def _number(lam: str) -> float | str:
     if lam == "cv":
         return lam
@@ -331,9 +351,9 @@ def report(folder: Folder) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")
-    ] = Path("lplr-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")] = Path(
+        "lplr-demo"
+    ),
     bits: Annotated[float, typer.Option(help="Budget of the model to show; a 1-bit one is shown beside it.")] = 4.0,
 ) -> None:
     """Compress SmolLM2-135M-Instruct from the package index, evaluate it, write the report, and let it speak."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from lplr.terminal import duration_text, out, size_text
 
 if TYPE_CHECKING:
+    from lplr.convex.explain import Explained
     from lplr.records import LayerRecord
     from lplr.stream.checkpoint import LayerPlan
     from lplr.stream.estimate import Estimate
@@ -89,6 +90,27 @@ def rows(title: str, columns: Sequence[str], found: Sequence[Sequence[str]]) -> 
     for row in found:
         table.add_row(*map(escape, row))
     out.print(table)
+
+
+def neurons(found: Explained) -> None:
+    """The neurons of a head, and the texts each is made of."""
+    from lplr.report.neurons import made_of, sentence
+
+    for neuron in found.neurons:
+        out.print(f"[bold]Neuron {neuron['number']}[/]: {escape(sentence(neuron))}.", soft_wrap=True)
+        table = Table("distance", "label", "text", title=escape(made_of(neuron)), title_justify="left")
+        for part in ("samples", "open", "closed"):
+            for text in neuron[part]:
+                table.add_row(f"{text['distance']:+.3g}", escape(text["label"]), escape(text["text"]))
+            table.add_section()
+        out.print(table)
+    linear = "" if found.linear_effect is None else f"; the linear part's effect is {found.linear_effect:.3g}"
+    where = f"accuracy {found.accuracy:.4f} on {found.samples:,} texts of {escape(found.dataset)}"
+    out.print(
+        f"{found.network_neurons} neurons, {where}{linear}. "
+        "Each table: the texts that the neuron is made of, those deepest on its open side, those on its closed side.",
+        soft_wrap=True,
+    )
 
 
 def losses(model: str, found: Losses) -> None:

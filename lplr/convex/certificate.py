@@ -75,23 +75,27 @@ def certify(problem: Problem, penalty: Penalty, U: Tensor, b: Tensor, theta: Ten
 
 def dual_point(problem: Problem, penalty: Penalty, theta: Tensor, pulled: Tensor | None = None) -> tuple[Tensor, float]:
     """theta (n, C), in the domain of D, made feasible, and its dual value; pulled = A^T theta where no intercept moves theta."""
-    loss, Y = LOSSES[problem.loss], centred_targets(problem)[0].to(theta.dtype)
+    Y = centred_targets(problem)[0].to(theta.dtype)
     if problem.intercept:
-        theta, pulled = loss.centred(theta, Y), None
+        theta, pulled = LOSSES[problem.loss].centred(theta, Y), None
     if pulled is None:
         pulled = problem.adjoint(theta)
     separate = penalty.norm == "columns" or Y.shape[1] == 1
     sizes = column_norms(problem, pulled) if separate else penalty.dual_norm(pulled)[:, None]  # (P, C) or (P, 1)
-    room = penalty.lam / sizes.double().amax(0).clamp_min(TINY)  # (C,) or (1,)
-    if problem.loss != "squared":
+    return scaled(problem.loss, Y, theta, penalty.lam / sizes.double().amax(0).clamp_min(TINY))
+
+
+def scaled(loss: str, Y: Tensor, theta: Tensor, room: Tensor) -> tuple[Tensor, float]:
+    """theta (n, C) times the best factor within room, and its dual value; room (C,): one factor for each output, (1,): one."""
+    if loss != "squared":
         scale = room.min().clamp_max(1.0)
     else:
         along, square = (Y * theta).double().sum(0), theta.double().square().sum(0)
-        if not separate:
+        if room.shape != along.shape:
             along, square = along.sum(), square.sum()
         scale = torch.clamp(along / (len(Y) * square).clamp_min(TINY), -room, room)
     theta = theta * scale.to(theta.dtype)
-    return theta, loss.dual_value(theta, Y)
+    return theta, LOSSES[loss].dual_value(theta, Y)
 
 
 def column_norms(problem: Problem, pulled: Tensor) -> Tensor:
@@ -119,10 +123,10 @@ def screen(problem: Problem, penalty: Penalty, primal: float, theta: Tensor) -> 
 
 
 def spectral_bounds(problem: Problem) -> Tensor:
-    """Upper bounds (P,) of ||A_i||_2: the smaller of ||A_i||_F and ||X||_2, the latter where its Gram matrix is affordable."""
+    """Upper bounds (P,) of ||A_i||_2: ||A_i||_F or, if smaller, max |D_i| ||X||_2, where the Gram matrix of X is affordable."""
     n, d = problem.X.shape
     squares = torch.cat([problem.rows(rows, torch.float64).square().sum(1) for rows in problem.blocks()])
-    bounds = (squares @ problem.D.double()).sqrt()
+    bounds = (squares @ problem.D.double().square()).sqrt()
     if min(n, d) > 4096:
         return bounds
     gram = torch.zeros(min(n, d), min(n, d), dtype=torch.float64, device=problem.Y.device)
@@ -133,4 +137,5 @@ def spectral_bounds(problem: Problem) -> Tensor:
     else:
         X = problem.X.to(gram)
         gram = X @ X.T
-    return bounds.clamp_max(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt() * (1 + ROUNDING))
+    largest = problem.D.to(gram).abs().amax(0)
+    return torch.minimum(bounds, largest * torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt() * (1 + ROUNDING))

@@ -219,9 +219,10 @@ class ConvexHeadClassifier(ClassifierMixin, _ConvexHead):
     """A gated or ReLU network for classes, trained by convex optimisation.
 
     loss: "logistic" (two classes), "softmax", "squared" (targets -1 and 1, or one-hot: no probabilities), "auto": logistic or
-    softmax by the classes.  activation: "gated" | "relu".  gates: "gaussian" | "data" (between two samples) | "mixed", n_gates
-    of them, or the Gates of another fit.  lam: a number for the penalty, or "cv": the best of 20 by cross-validation with `cv`
-    stratified folds.  norm: of `Penalty`; "auto": "group", for relu "columns".  intercept, linear_block, standardize: see the
+    softmax by the classes.  activation: "gated" | "relu".  gates: "gaussian" | "data" (between two samples) | "mixed" | "wedge"
+    (through neighbouring samples), n_gates of them, or the Gates of another fit.  lam: a number for the penalty, or "cv": the
+    best of 20 by cross-validation with `cv` stratified folds.  norm: of `Penalty`; "auto": "group", for relu "columns".
+    intercept, linear_block, standardize: see the
     top of this file.  tol, max_iter, method: of `solve`.  dtype: "float64" | "float32".  random_state: of gates and folds.
     callback(done, total, what): told of every step of the choice of lam, and of the last fit.
 

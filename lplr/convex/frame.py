@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lplr.convex.gates import Gates, clean, gaussian, sample
 from lplr.convex.network import fold_gates
+from lplr.convex.wedge import draw_gates
 from lplr.errors import RecipeError
 
 CONSTANT = 1e-13  # spread of a column, of its largest entry, below which it is constant
 LEAST = 1e-180  # a largest entry below this counts as this: weights over the spread stay in range
 ON = 1e-10  # a score below this, of the sizes that make it, is rounding
-KINDS = ("gaussian", "data", "mixed")
+KINDS = ("gaussian", "data", "mixed", "wedge")
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,20 @@ def draw(
 ) -> tuple[Gates, Tensor]:
     """Gates over raw samples and their patterns D (n, K), K <= P + 1: P of `kind`, the linear block first, none twice.
 
-    "gaussian": normal vectors, a normal offset where there are ones; "data": half way between two samples; "mixed": of both.
+    "gaussian": normal vectors, a normal offset where there are ones; "data": half way between two samples; "mixed": of both;
+    "wedge": through neighbouring samples, as many as there are principal directions to draw it in.
     offsets: without, all hyperplanes pass through the mean, as the cones of relu without ones need it.  Raises RecipeError where
     no gate is open on a sample.
     """
     S = frame.apply(X)
     inner = S[:, : X.shape[1]]
-    normal = {"gaussian": P, "data": 0, "mixed": (P + 1) // 2}[kind]
-    G = gaussian(S.shape[1], normal, generator, X.dtype)
-    parts = [Gates(G[: X.shape[1]], G[-1] if frame.ones else torch.zeros(normal, dtype=X.dtype))]
-    parts.append(sample(inner, P - normal, generator))
+    if kind == "wedge":
+        parts = [draw_gates(inner, P, generator, bias=offsets)]
+    else:
+        normal = {"gaussian": P, "data": 0, "mixed": (P + 1) // 2}[kind]
+        G = gaussian(S.shape[1], normal, generator, X.dtype)
+        parts = [Gates(G[: X.shape[1]], G[-1] if frame.ones else torch.zeros(normal, dtype=X.dtype))]
+        parts.append(sample(inner, P - normal, generator))
     gates = Gates(torch.cat([p.vectors for p in parts], 1), torch.cat([p.offsets for p in parts]))
     gates = Gates(torch.where(frame.varies[:, None], gates.vectors, 0.0), gates.offsets if offsets else 0 * gates.offsets)
     gates = fold_gates(gates, frame.mean, frame.scale)

@@ -3,7 +3,8 @@
     minimise  f(Z; Y) + penalty(U)   over   Z = sum_i A_i U_i + 1 b^T,   A_i = diag(D_i) X
 
 X (n, d) samples, D (n, P) the 0/1 patterns of P gates, Y (n, C) targets; b (C,) is unpenalised with `intercept`, else zero.
-"gated": U (P, d, C) is free.  "relu": U = V_0 - V_1 with V (2, P, d, C) in the cones (2 D_i - I) X V_{s,i,c} >= 0 (`cones`).
+"gated": U (P, d, C) is free, and D may hold other numbers: X = 1 (n, 1) and features for D make the Lasso on them (`lasso`).
+"relu": U = V_0 - V_1 with V (2, P, d, C) in the cones (2 D_i - I) X V_{s,i,c} >= 0 (`cones`).
 A gate whose pattern is all ones is the linear block: with it the gated programme contains the linear model ("relu": the linear
 functions that keep their sign on all samples).
 
@@ -57,7 +58,7 @@ class Problem:
             raise RecipeError(f"no {what}: X {tuple(X.shape)}, Y {tuple(Y.shape)}, D {tuple(D.shape)}; give at least one")
         if X.dtype not in (torch.float32, torch.float64) or Y.dtype != X.dtype:
             raise RecipeError(f"X is {X.dtype}, Y is {Y.dtype}: cast both to float32 or both to float64")
-        if D.dtype != torch.bool:
+        if D.dtype != torch.bool and (D.dtype != X.dtype or self.activation == "relu"):
             raise RecipeError(f"D is {D.dtype}: give the patterns as bool, e.g. gates.patterns(X, G)")
         if self.activation not in ACTIVATIONS:
             raise RecipeError(f"unknown activation {self.activation!r}: choose one of {', '.join(ACTIVATIONS)}")
@@ -135,6 +136,8 @@ def check(problem: Problem) -> None:
     for rows in problem.blocks():
         if not torch.isfinite(problem.X[rows]).all():
             raise RecipeError("X holds NaN or Inf: impute or drop these rows or columns")
+    if problem.D.is_floating_point() and not torch.isfinite(problem.D).all():
+        raise RecipeError("D holds NaN or Inf: drop these features")
     Y = problem.Y
     if not torch.isfinite(Y).all():
         raise RecipeError("Y holds NaN or Inf: drop these samples")

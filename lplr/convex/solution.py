@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lplr.convex.certificate import certify
+from lplr.convex.certificate import Certificate, certify
 from lplr.convex.penalty import Penalty
 from lplr.convex.problem import Problem
 
@@ -81,7 +81,10 @@ class Run:
         True when they are close enough.
         """
         U, b = U.to(self.problem.Y.dtype), b.to(self.problem.Y.dtype)
-        found = certify(self.problem, self.penalty, U, b, theta)
+        return self.take(U, b, certify(self.problem, self.penalty, U, b, theta))
+
+    def take(self, U: Tensor, b: Tensor, found: Certificate) -> bool:
+        """`certify` with a certificate that was computed elsewhere."""
         if found.primal < self.primal or not self.U.numel():
             self.U, self.b, self.primal, self.kkt = U, b, found.primal, found.kkt
         if found.dual > self.dual or not self.theta.numel():

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from pydantic import ValidationError
 
 from lplr.errors import OutputError
 from lplr.records import LEDGER, LayerRecord, bits_per_weight, layers, read
+from lplr.report.html import rendered, write
 from lplr.report.plots import bits_of_layers, error_limits, errors_of_kind, relative, spectra_of_kind
 
 REPORT = "report.html"
@@ -63,7 +62,7 @@ def write_report(folder: Path) -> Path:
     evaluations = [(path.name, _evaluation(path)) for path in sorted(folder.glob("eval-*.json"))]
     html = render(entries, records, evaluations)
     path = folder / REPORT
-    _write(path, html)
+    write(path, html)
     return path
 
 
@@ -71,16 +70,11 @@ def render(
     entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Sequence[tuple[str, dict[str, Any]]]
 ) -> str:
     """The page as text."""
-    import jinja2
-
     run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
     done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
-    # autoescape=True, not select_autoescape: the template's suffix is .j2
-    strict = jinja2.StrictUndefined
-    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    source = resources.files("lplr.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     calibration = _calibration(run, evaluations)
-    return environment.from_string(source).render(
+    return rendered(
+        TEMPLATE,
         model=_show(run.get("model")),
         warnings=_warnings(done, records, evaluations),
         headline=_headline(done or {}, records, evaluations, calibration),
@@ -226,8 +220,7 @@ def _evaluation_row(name: str, e: dict[str, Any]) -> dict[str, str]:
         "Windows": number(e.get("windows"), 9),
         "Predictions": number(e.get("tokens"), 12),
         "Base": number(e.get("base_perplexity")),
-        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity))
-        + spread,
+        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity)) + spread,
         "Ratio": number(e.get("ratio")),
         "KL, nats": number(e.get("kl"), 3),
         "Top-1": DASH if top1 is None else f"{100 * top1:.1f} %",
@@ -242,9 +235,7 @@ def _settings(run: dict[str, Any], done: dict[str, Any], calibration: dict[str, 
     rows += [(k, _show(run[k])) for k in ("source", "fingerprint", "lplr") if k in run]
     if calibration:
         sha = calibration.get("sha256")
-        rows.append(
-            ("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else ""))
-        )
+        rows.append(("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else "")))
     if _finite(done.get("seconds")) is not None:
         rows.append(("time", f"{number(done['seconds'], 3)} s"))
     return rows
@@ -270,9 +261,7 @@ def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
     compressed = [r for r in records if r.stored == "compressed"]
     kinds = _kinds(compressed)
     limits = error_limits(compressed)
-    errors = [
-        (k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())
-    ]
+    errors = [(k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())]
     spectra = [(k, spectra_of_kind(rs, f"s{i}")) for i, (k, rs) in enumerate(_kinds(records).items())]
     mean = bits_per_weight(records)
     return {
@@ -313,11 +302,7 @@ def _error_summary(records: Sequence[LayerRecord]) -> str:
 
 def _bits_summary(records: Sequence[LayerRecord], mean: float) -> str:
     values = [r.bits_per_weight for r in records]
-    return (
-        f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones"
-        if values
-        else ""
-    )
+    return f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones" if values else ""
 
 
 def _numeric(read_value: Callable[[LayerRecord], float | None], digits: int = 4) -> Callable[[LayerRecord], Cell]:
@@ -360,26 +345,8 @@ COLUMNS = (
     Column("Certificate", "upper bound of the error, relative", _numeric(lambda r: relative(r, "certificate"))),
     Column("Probes", "certificate from random probes, relative", _numeric(lambda r: relative(r, "probe_certificate"))),
     Column("Bound", "what the theorem promised beforehand, relative", _numeric(lambda r: relative(r, "bound"))),
-    Column(
-        "Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))
-    ),
-    Column(
-        "Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)
-    ),
+    Column("Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))),
+    Column("Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)),
     Column("Seconds", "time it took", _numeric(lambda r: r.seconds, 3)),
     Column("Note", "what the method has to say", lambda r: Cell(r.note or DASH), numeric=False),
 )
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file as a whole: a reader sees the old page or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror}): check free space and permissions") from None

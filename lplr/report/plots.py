@@ -37,6 +37,8 @@ _SERIES = (
     ("optimal", _OPTIMAL, "s", "-.", 1.2),
     ("error", _ERROR, "o", "-", 1.2),
 )
+# of classes, in turn
+CLASSES = ((_ERROR, "o"), (_CERTIFICATE, "^"), (_OPTIMAL, "s"), (_BOUND, "D"))
 _MARKED = 150  # above that many points a marker on each only blurs the line
 _CURVES = 12  # spectra in one panel
 _PANEL, _WIDE = (3.7, 2.5), (8.6, 2.7)  # inches
@@ -60,7 +62,7 @@ def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] |
         axes.set_ylabel("relative to ‖W‖")
         _whole_numbers(axes)
 
-    return _svg(draw, _PANEL, slug)
+    return drawing(draw, _PANEL, slug)
 
 
 def error_limits(records: Iterable[LayerRecord]) -> tuple[float, float] | None:
@@ -95,7 +97,7 @@ def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> st
         axes.set_ylabel("bits per weight")
         _whole_numbers(axes)
 
-    return _svg(draw, _WIDE, slug)
+    return drawing(draw, _WIDE, slug)
 
 
 def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
@@ -125,7 +127,25 @@ def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
         axes.set_xlabel("index i")
         axes.set_ylabel("σᵢ / σ₁")
 
-    return _svg(draw, _PANEL, slug)
+    return drawing(draw, _PANEL, slug)
+
+
+def neuron(x: Sequence[float], y: Sequence[float], classes: Sequence[int], own: Sequence[tuple[float, float]],
+           labels: tuple[str, str], slug: str) -> str:  # fmt: skip
+    """Samples by class, the hyperplane at x = 0, and rings round those that the neuron is made of."""
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=_INK, linewidth=1, linestyle="--")
+        for c in sorted(set(classes)):
+            colour, marker = CLASSES[c % len(CLASSES)]
+            points = [(a, b) for a, b, of in zip(x, y, classes, strict=True) if of == c]
+            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=3, alpha=0.6, markeredgewidth=0)
+        if own:
+            axes.plot(*zip(*own, strict=True), "o", color=_INK, markersize=8, markerfacecolor="none")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+
+    return drawing(draw, _PANEL, slug)
 
 
 def accuracy_of_sizes(points: Sequence[tuple[int, float, float]], chosen: int, slug: str) -> str:
@@ -177,7 +197,7 @@ def _whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], slug: str) -> str:
+def drawing(draw: Callable[[Axes], None], size: tuple[float, float], slug: str) -> str:
     """Draw on fresh axes and return the <svg> element, hidden from screen readers: its figure tells what it shows."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

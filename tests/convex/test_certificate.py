@@ -147,8 +147,10 @@ def test_screening_removes_most_gates_near_the_optimum():
 @settings(max_examples=30, deadline=None)
 def test_spectral_bounds(n, d, seed):
     problem = random_problem(seed, "squared", n=n, d=d, P=5)
-    exact = torch.stack([torch.linalg.matrix_norm(problem.D[:, i : i + 1] * problem.X, 2) for i in range(5)])
-    assert (spectral_bounds(problem) >= exact * (1 - 1e-9)).all()
+    weighted = replace(problem, D=3 * torch.randn(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    for p in (problem, weighted):
+        exact = torch.stack([torch.linalg.matrix_norm(p.D[:, i : i + 1] * p.X, 2) for i in range(5)])
+        assert (spectral_bounds(p) >= exact * (1 - 1e-9)).all()
 
 
 def test_a_dual_point_of_the_wrong_sign_is_worth_little():

@@ -29,7 +29,7 @@ from lplr.convex import estimators as module  # noqa: E402
 from lplr.convex.estimators import ConvexHeadClassifier, ConvexHeadRegressor, linear_probe  # noqa: E402
 
 SMALL: dict[str, Any] = {"n_gates": 4, "lam": 0.02}
-KINDS = ("gaussian", "data", "mixed")
+KINDS = ("gaussian", "data", "mixed", "wedge")
 
 
 def data(seed: int = 0, n: int = 40, d: int = 3, classes: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
