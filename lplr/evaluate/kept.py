@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lplr.errors import OutputError
 
@@ -31,18 +31,16 @@ class Kept:
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
         """Read what the file has of this fingerprint.  Raises OutputError for a file that cannot be written."""
         self.path = path
-        self._file: TextIO | None = None
         self._values: dict[str, Any] = {}
         if path is None:
             return
-        lines, fresh = _pieces(path, fingerprint), path.with_suffix(".part")
+        self._values = _pieces(path, fingerprint)
+        fresh = path.with_suffix(".part")
+        lines = [{"fingerprint": fingerprint}, *({"key": k, "value": v} for k, v in self._values.items())]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = fresh.open("w", encoding="utf-8")
-            self._write({"fingerprint": fingerprint})
-            for key, value in lines:
-                self.put(key, value)
-            fresh.replace(path)  # the open file goes with its new name; a kill before this line loses nothing
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            fresh.replace(path)  # a kill before this line loses nothing
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror}): set LPLR_CACHE to a folder that can") from None
 
@@ -55,31 +53,26 @@ class Kept:
     def put(self, key: str, value: Any) -> None:
         """Keep one piece."""
         self._values[key] = value
-        self._write({"key": key, "value": value})
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
 
     def remove(self) -> None:
-        """Close and delete the file: the run is done."""
-        if self._file is not None and self.path is not None:
-            self._file.close()
-            self._file = None
+        """Delete the file: the run is done."""
+        if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
 
-
-def _pieces(path: Path, fingerprint: str) -> list[tuple[str, Any]]:
-    """Key and value of every whole line of a file of this fingerprint."""
-    found: list[tuple[str, Any]] = []
+def _pieces(path: Path, fingerprint: str) -> dict[str, Any]:
+    """Value of each key in the whole lines of a file of this fingerprint."""
+    found: dict[str, Any] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if not lines or json.loads(lines[0]) != {"fingerprint": fingerprint}:
-            return []
-        for line in lines[1:]:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        if json.loads(lines[0]) != {"fingerprint": fingerprint}:
+            return found
+        for line in lines[1:-1]:
             piece = json.loads(line)
-            found.append((piece["key"], piece["value"]))
+            found[piece["key"]] = piece["value"]
     except (OSError, ValueError, KeyError, TypeError):
         return found
     return found

@@ -7,10 +7,12 @@ sample.  lm-eval's defaults are left as they are: no examples before the questio
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,8 @@ def score(
     """
     with _quiet():
         lm = _Answers(model, tokenizer, batch_size, kept or Kept(), progress or (lambda *_: None))
-        found = evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
+        with redirect_stderr(io.StringIO()):  # the bars that lm-eval draws while it builds requests cannot be turned off
+            found = evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
     assert found is not None
     out = []
     for name, task in tasks.items():
@@ -109,6 +112,7 @@ class _Answers(HFLM):
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, kept: Kept, progress: Step) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
         self._kept, self._progress, self._done, self._all = kept, progress, 0, 0
+        self._stderr = sys.stderr
         self.set_cache_hook(self)  # type: ignore[arg-type]
 
     def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
@@ -122,7 +126,8 @@ class _Answers(HFLM):
         left = [request for request in requests if _key(request.args) not in self._kept]
         self._all, self._done = len(requests), len(requests) - len(left)
         if left:
-            super().loglikelihood(left, disable_tqdm=True)
+            with redirect_stderr(self._stderr):  # our own progress is shown
+                super().loglikelihood(left, disable_tqdm=True)
         answers = (self._kept[_key(request.args)] for request in requests)
         return [(float(value), bool(greedy)) for value, greedy in answers]
 

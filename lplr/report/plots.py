@@ -55,7 +55,7 @@ def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] |
         axes.set_yscale("log")
         if limits is not None:
             axes.set_ylim(*limits)
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.set_xlabel("matrix, in model order")
         axes.set_ylabel("relative to ‖W‖")
         _whole_numbers(axes)
@@ -88,7 +88,7 @@ def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> st
         values = [r.bits_per_weight for r in records]
         if min(values) > 0 and max(values) > 4 * min(values):
             axes.set_yscale("log", base=2)
-            _plain_ticks(axes.yaxis, base=2)
+            plain_ticks(axes.yaxis, base=2)
         else:
             axes.set_ylim(0, 1.15 * max([mean, *values]))
         axes.set_xlabel("matrix, in model order")
@@ -120,15 +120,15 @@ def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
                 axes.plot(*kept[-1], "o", color=_CERTIFICATE, markersize=3.5)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
         axes.set_xlabel("index i")
         axes.set_ylabel("σᵢ / σ₁")
 
     return _svg(draw, _PANEL, slug)
 
 
-def _plain_ticks(axis: Axis, base: int = 10) -> None:
+def plain_ticks(axis: Axis, base: int = 10) -> None:
     """Plain numbers on a logarithmic axis: matplotlib's powers are markup that stays text here."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
