@@ -151,7 +151,7 @@ def _dry_run(recipe: Recipe) -> None:
 
 @app.command("eval")
 def evaluate(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or any model.", show_default=False)],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Compressed folders, or any models.", show_default=False)],
     dataset: Annotated[
         str, typer.Option(help="Text: builtin:heldout, a text or jsonl file, or a Hub dataset.")
     ] = "builtin:heldout",
@@ -160,28 +160,51 @@ def evaluate(
         int | None, typer.Option(help="Tokens a window (2048, or the model's context).", show_default=False)
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Use the first N windows only.", show_default=False)] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-eval too, such as lambada_openai,piqa,arc_easy.", show_default=False)
+    ] = "",
+    task_data: Annotated[
+        Path | None, typer.Option(help="Folder with jsonl files of tasks, in place of the Hub.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N samples of each task only.", show_default=False)] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, and samples of tasks, at once.", min=1)] = 1,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Tokens a second and peak memory too, alone in a process of its own.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the comparison (lplr-eval, if several DIR are given).")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Perplexity, and against a base model KL divergence and top-1 agreement; of a head its accuracy on labelled text."""
+    """Perplexity, and against a base model KL divergence, top-1 agreement and what is certain of them; accuracy on tasks; of a head
+    its accuracy on labelled text.  Several models make one table and one plot.  A killed run goes on where it stopped."""
     with clear_errors():
         from lplr.hf.classifier import is_head
 
-        if is_head(folder):
+        if len(folders) == 1 and is_head(folders[0]):
             from lplr.evaluate.classification import as_table as rows_of
             from lplr.evaluate.classification import evaluate_head
 
             with progress_bar("eval") as step:
-                measured = evaluate_head(folder, dataset, device=device, progress=step)
-            tables.facts(Path(folder).name, rows_of(measured))
+                measured = evaluate_head(folders[0], dataset, device=device, progress=step)
+            tables.facts(Path(folders[0]).name, rows_of(measured))
             return
-        from lplr.evaluate.perplexity import as_table
-        from lplr.evaluate.run import evaluate_folder
+        from lplr.evaluate.result import as_table
+        from lplr.evaluate.run import Wanted, evaluate_folders
 
+        names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+        wanted = Wanted(dataset, seqlen, windows, names, task_data, limit, speed, batch_size, device)
         with progress_bar("eval") as step:
-            result = evaluate_folder(
-                folder, dataset, against, seqlen=seqlen, max_windows=windows, device=device, notify=notice, progress=step
-            )
-        tables.facts(Path(folder).name, as_table(result))
+            results = evaluate_folders(folders, wanted, against, notify=notice, progress=step)
+        if len(results) == 1:
+            tables.facts(Path(folders[0]).name, as_table(results[0]))
+        else:
+            tables.comparison(results)
+        if output is not None or len(results) > 1:
+            from lplr.report.comparison import write_comparison
+
+            written = write_comparison(output or Path("lplr-eval"), [r.model_dump(mode="json") for r in results])
+            out.print(f"wrote {' and '.join(escape(str(path)) for path in written)}", soft_wrap=True)
 
 
 @app.command("fit-head")

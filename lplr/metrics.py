@@ -44,11 +44,12 @@ def perplexity(nll_sum: float, count: int) -> float:
         return math.inf
 
 
-def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
+def kl_divergence(base_logits: Tensor, logits: Tensor, smoothing: float = 0.0) -> Tensor:
     """KL(base || model) = sum_i p_i (log p_i - log q_i) of every position in nats, float32.
 
     base_logits and logits (..., v) of one shape; the result is (...).  inf where the model gives probability zero to
-    a token that the base does not.  Raises ValueError when the shapes differ.
+    a token that the base does not.  smoothing e puts (1 - e) q + e / v in place of q; the result is at most log(v / e) then.
+    Raises ValueError when the shapes differ.
     """
     _same_shape(base_logits, logits)
     out = torch.empty(base_logits.shape[:-1].numel(), dtype=torch.float32, device=base_logits.device)
@@ -56,10 +57,17 @@ def kl_divergence(base_logits: Tensor, logits: Tensor) -> Tensor:
         log_p = base.log_softmax(dim=-1)
         p = log_p.exp()
         # 0 log 0 = 0, also where the model's probability is zero as well
-        term = torch.where(p == 0, 0.0, p * (log_p - other.log_softmax(dim=-1)))
+        term = torch.where(p == 0, 0.0, p * (log_p - _log_smoothed(other, smoothing)))
         # rounding can leave a sum of order -1e-8 for equal distributions; a divergence is never negative
         out[rows] = term.sum(dim=-1).clamp_(min=0)
     return out.reshape(base_logits.shape[:-1])
+
+
+def _log_smoothed(logits: Tensor, smoothing: float) -> Tensor:
+    """log((1 - e) softmax + e / v)."""
+    if not smoothing:
+        return logits.log_softmax(dim=-1)
+    return logits.softmax(dim=-1).mul_(1 - smoothing).add_(smoothing / logits.shape[-1]).log_()
 
 
 def top1_agreement(base_logits: Tensor, logits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lplr.terminal import duration_text, out, size_text
 
 if TYPE_CHECKING:
     from lplr.convex.explain import Explained
+    from lplr.evaluate import EvalResult
     from lplr.records import LayerRecord
     from lplr.stream.checkpoint import LayerPlan
     from lplr.stream.estimate import Estimate
@@ -130,3 +131,30 @@ def losses(model: str, found: Losses) -> None:
     table.add_section()
     table.add_row("all, as allocated and at equal bits", "", *cells(found.total, *found.at))
     out.print(table)
+
+
+def comparison(results: list[EvalResult]) -> None:
+    """One row a model, the base first; and one a task and model."""
+    from lplr.evaluate.result import number, with_error
+
+    first = results[0]
+    title = f"{first.dataset}: {first.windows} windows of {first.seqlen:,} tokens, no BOS"
+    table = Table("model", "bits per weight", "bytes", "perplexity", "ratio", "KL", "top-1", "certified KL, ratio", title=escape(title))
+    if first.base is not None and first.base_perplexity is not None:
+        b = first.base
+        cells = with_error(first.base_perplexity, first.base_nll_se), "1", "0", "100 %", ""
+        table.add_row(escape(b.name), f"{b.bits_per_weight:.4f}", f"{b.bytes:,}", *cells)
+    for r in results:
+        sure = f"{r.certificate.kl_bound:.3g}, {r.certificate.ratio_bound:.4g}" if r.certificate else "-"
+        top1 = "-" if r.top1 is None else f"{100 * r.top1:.2f} %"
+        size = (f"{r.model.bits_per_weight:.4f}", f"{r.model.bytes:,}") if r.model else ("-", "-")
+        cells = with_error(r.perplexity, r.nll_se), with_error(r.ratio, r.difference_se), number(r.kl), top1, sure
+        table.add_row(escape(r.model.name if r.model else "-"), *size, *cells)
+    out.print(table)
+    if any(r.tasks for r in results):
+        tasks = Table("model", "task, metric", "value, paired difference with its 95 % interval")
+        for r in results:
+            for task in r.tasks:
+                for measure, value in task.table():
+                    tasks.add_row(escape(r.model.name if r.model else "-"), escape(measure), escape(value))
+        out.print(tasks)

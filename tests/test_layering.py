@@ -23,7 +23,7 @@ ALLOWED["tables"] |= {"report", "convex"}
 ALLOWED["cli"] |= {"report", "convex"}
 ALLOWED[""] = {*ORDER, "report", "convex"}  # lplr/__init__.py: names of every part, imported when used
 DOORS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "triton": "kernels", "jinja2": "report"}
-DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "scipy": "convex"}
+DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "scipy": "convex", "lm_eval": "evaluate"}
 # a head joins a language model and a convex programme: files on each side
 JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.hf.classifier": {"convex"}}
 JOINTS |= {"lplr.convex.prune_head": {"hf"}, "lplr.convex.explain": {"hf"}}

@@ -57,7 +57,7 @@ def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] |
         axes.set_yscale("log")
         if limits is not None:
             axes.set_ylim(*limits)
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.yaxis)
         axes.set_xlabel("matrix, in model order")
         axes.set_ylabel("relative to ‖W‖")
         _whole_numbers(axes)
@@ -90,7 +90,7 @@ def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> st
         values = [r.bits_per_weight for r in records]
         if min(values) > 0 and max(values) > 4 * min(values):
             axes.set_yscale("log", base=2)
-            _plain_ticks(axes.yaxis, base=2)
+            plain_ticks(axes.yaxis, base=2)
         else:
             axes.set_ylim(0, 1.15 * max([mean, *values]))
         axes.set_xlabel("matrix, in model order")
@@ -122,8 +122,8 @@ def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
                 axes.plot(*kept[-1], "o", color=_CERTIFICATE, markersize=3.5)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
         axes.set_xlabel("index i")
         axes.set_ylabel("σᵢ / σ₁")
 
@@ -160,7 +160,7 @@ def accuracy_of_sizes(points: Sequence[tuple[int, float, float]], chosen: int, s
         axes.set_ylabel("accuracy")
         _whole_numbers(axes)
 
-    return _svg(draw, _WIDE, slug)
+    return drawing(draw, _WIDE, slug)
 
 
 def lengths_of_path(lams: Sequence[float], lengths: Sequence[Sequence[float]], slug: str) -> str:
@@ -172,14 +172,14 @@ def lengths_of_path(lams: Sequence[float], lengths: Sequence[Sequence[float]], s
                 axes.plot(lams, curve, "-", color=_ERROR, alpha=0.6, linewidth=1.0)
         axes.set_xscale("log")
         axes.invert_xaxis()
-        _plain_ticks(axes.xaxis)
+        plain_ticks(axes.xaxis)
         axes.set_xlabel("λ")
         axes.set_ylabel("‖Uᵢ‖")
 
-    return _svg(draw, _WIDE, slug)
+    return drawing(draw, _WIDE, slug)
 
 
-def _plain_ticks(axis: Axis, base: int = 10) -> None:
+def plain_ticks(axis: Axis, base: int = 10) -> None:
     """Plain numbers on a logarithmic axis: matplotlib's powers are markup that stays text here."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lplr.errors import CheckpointError, DatasetError, RecipeError
+from lplr.evaluate.kept import Kept
 from lplr.evaluate import as_table, context_length, evaluate, to_json
 from lplr.hf.text import Text, evaluation_tokens, read_text
 
@@ -214,3 +215,64 @@ def test_a_bfloat16_copy_is_near(stories: tuple[Any, Any, Text]) -> None:
     # 8 significant bits in every weight and activation: measured 5e-4 nats and 98.8 %
     assert result.kl is not None and 0 < result.kl < 5e-3
     assert result.top1 is not None and result.top1 > 0.9 and result.finite
+
+
+class Wide(Bigram):
+    """The same for many windows at once."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+def test_batches_of_windows_measure_the_same(tokens: Tensor) -> None:
+    model, base = Wide(13, seed=1), Wide(13)
+    one = evaluate(model, tokens, seqlen=10, base=base)
+    many = evaluate(model, tokens, seqlen=10, base=base, batch_size=4)
+    assert many.batch_size == 4 and many.windows == 10
+    for name, values in one.per_window.items():
+        # another batch may add the same float32 numbers in another order
+        assert many.per_window[name] == pytest.approx(values, rel=1e-5), name
+    with pytest.raises(RecipeError, match="batch_size is 0"):
+        evaluate(model, tokens, batch_size=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_killed_run_reads_only_what_is_left(tokens: Tensor, tmp_path: Path, batch_size: int) -> None:
+    model, base = Wide(13, seed=1), Wide(13)
+    settings: dict[str, Any] = {"seqlen": 10, "base": base, "batch_size": batch_size}
+    unbroken = evaluate(model, tokens, **settings)
+
+    def stop(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokens, kept=Kept(tmp_path / "work", "a"), progress=stop, **settings)
+    read: list[int] = []
+    model.register_forward_hook(lambda module, args, kwargs, out: read.append(len(kwargs["input_ids"])), with_kwargs=True)
+    resumed = evaluate(model, tokens, kept=Kept(tmp_path / "work", "a"), **settings)
+    assert sum(read) == 10 - (4 if batch_size == 1 else 6)
+    assert resumed.per_window == unbroken.per_window and resumed.certificate == unbroken.certificate
+
+
+def test_the_certificate_is_of_the_smoothed_model(tokens: Tensor) -> None:
+    model, base = Bigram(13, seed=1), Bigram(13)
+    found = evaluate(model, tokens, seqlen=10, base=base).certificate
+    assert found is not None and found.vocabulary == 13 and found.windows == 10
+    p, q = (m.table.weight.detach().double().softmax(-1) for m in (base, model))
+    q = 0.99 * q + 0.01 / 13
+    windows = tokens[:100].view(10, 10)
+    kl = (p * (p / q).log()).sum(-1)[windows[:, :-1]].mean()
+    gap = (p.log() - q.log())[windows[:, :-1], windows[:, 1:]].mean(1).clamp_min(0).mean()
+    assert found.kl == pytest.approx(kl.item(), rel=1e-5) and found.ratio == pytest.approx(gap.exp().item(), rel=1e-5)
+    assert evaluate(model, tokens, seqlen=10).certificate is None
+
+
+def test_a_model_of_certain_answers_is_certified_all_the_same(tokens: Tensor) -> None:
+    """Its perplexity is infinite, that of the smoothed model is not."""
+    model = Bigram(13)
+    with torch.no_grad():
+        model.table.weight[:, tokens[5]] = -math.inf
+    result = evaluate(model, tokens, seqlen=10, base=Bigram(13))
+    assert result.perplexity == math.inf and not result.finite
+    assert result.certificate is not None and result.certificate.ratio < 13 / 0.01
