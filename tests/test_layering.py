@@ -23,7 +23,7 @@ ALLOWED["ship"] |= {"report"}
 ALLOWED["cli"] |= {"report", "convex"}
 ALLOWED[""] = {*ORDER, "report", "convex"}  # lplr/__init__.py: names of every part, imported when used
 DOORS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "triton": "kernels", "jinja2": "report"}
-DOORS |= {"sklearn": "convex", "prodigyopt": "convex"}
+DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "peft": "hf", "vllm": "hf", "bitsandbytes": "hf"}
 # a head joins a language model and a convex programme: two files, one on each side
 JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.hf.classifier": {"convex"}}
 
