@@ -323,7 +323,7 @@ def _push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or the Hub id of one.", show_default=False)],
-    to: Annotated[str, typer.Option(help="dense (bfloat16), peft (NF4 and a LoRA adapter) or gguf (llama.cpp).", show_default=False)],
+    to: Annotated[str, typer.Option(help="dense (bfloat16), peft (NF4 and LoRA) or gguf (llama.cpp).", show_default=False)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder (DIR-TO).", show_default=False)] = None,
     gguf_type: Annotated[str, typer.Option(help="Of the matrices: q8_0, q5_1, q5_0, q4_1, q4_0, f16 or bf16.")] = "q8_0",
 ) -> None:

@@ -1,7 +1,7 @@
 """README.md of a compressed folder, the model card: how to load it, what it is, what was measured of it.
 
-Names of tensors, models and texts come from files that others wrote: they are data, and every character of theirs that Markdown or
-HTML gives a meaning is escaped.
+Names of tensors, models and texts come from files that others wrote: they are data, and every character of theirs that Markdown
+or HTML gives a meaning is escaped.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ Without `import lplr`, pass `trust_remote_code=True`: the folder's `{shim}` then
 
 ## Every matrix
 
-Frobenius norms of the error over those of the matrix. The certificate is an upper bound computed from the packed weights, the bound
-one from the matrix alone, before it was compressed (`-`: no theorem covers the method).
+Frobenius norms of the error over those of the matrix. The certificate is an upper bound computed from the packed weights, the
+bound one from the matrix alone, before it was compressed (`-`: no theorem covers the method).
 
 {layers}
 
@@ -98,7 +98,7 @@ def card_text(
     licence: the fields of the base model's own card, see `base_licence`.  repo: what to pass to from_pretrained.
     """
     calibration = header["calibration"]
-    told = f"{calibration['name']}, {calibration['rows']} x {calibration['seqlen']} tokens" if calibration else "none (data-free)"
+    told = f"{escape(calibration['name'])}, {calibration['rows']} x {calibration['seqlen']} tokens" if calibration else "none (data-free)"
     base = str(header["model"])
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lplr", "quantized"]}
     if _REPO.fullmatch(base.partition(":")[0]):
@@ -110,7 +110,7 @@ def card_text(
         bits=summary["bits_per_weight"],
         whole=summary["bits_per_parameter"],
         version=header["versions"]["lplr"],
-        calibration=escape(told),
+        calibration=told,
         method=escape(header["recipe"]["method"]),
         repo=json.dumps(repo),
         shim=SHIM,
@@ -126,9 +126,9 @@ def shim_text(architecture: str) -> str:
 
 
 def base_licence(model: str, revision: str | None = None) -> dict[str, str]:
-    """The licence fields of a base model: of the card beside it, of a GGUF file's metadata, or of the Hub; {} where it names none.
+    """The licence fields of a base model: of the card beside it, of a GGUF file's metadata, or of the Hub.
 
-    model: what the recipe calls it.  Raises HubError when it is on the Hub, which cannot be asked.
+    model: what the recipe calls it.  {} where it names none.  Raises HubError when it is on the Hub, which cannot be asked.
     """
     local = Path(model).expanduser()
     if local.is_dir():
@@ -170,13 +170,15 @@ def _measured(evaluations: Sequence[Mapping[str, Any]]) -> str:
         if not isinstance(e.get("perplexity"), int | float):
             continue
         calibration = e.get("calibration")
-        name = calibration.get("name", "-") if isinstance(calibration, dict) else "none (data-free)"
+        name = escape(calibration.get("name", "-")) if isinstance(calibration, dict) else "none (data-free)"
         text = f"{escape(e.get('dataset', '-'))} ({e.get('windows', '-')} x {e.get('seqlen', '-')} tokens)"
         values = (_number(e.get(key)) for key in ("perplexity", "base_perplexity", "ratio", "kl", "top1"))
-        rows.append(f"| {text} | {escape(name)} | {' | '.join(values)} |")
+        rows.append(f"| {text} | {name} | {' | '.join(values)} |")
     if not rows:
         return "Nothing yet: `lplr eval DIR --against BASE` measures perplexity and keeps it beside the weights."
-    head = "| text | calibrated on | perplexity | of the base | ratio | KL divergence, nats | top-1 agreement |\n" + "|---" * 7 + "|"
+    head = (
+        "| text | calibrated on | perplexity | of the base | ratio | KL divergence, nats | top-1 agreement |\n" + "|---" * 7 + "|"
+    )
     return "\n".join([head, *rows])
 
 

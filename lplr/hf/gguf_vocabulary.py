@@ -1,8 +1,8 @@
 """A transformers tokenizer as the metadata of a GGUF file: what llama.cpp needs to make the same tokens.
 
-Two kinds can be told: byte-level BPE whose first split is one that llama.cpp has by name (`tokenizer.ggml.pre`), and BPE with byte
-fallback, which llama.cpp runs as SentencePiece does: of all pairs of neighbours that make a token, the one of the highest score is
-joined first.  With minus the rank of the merge as the score of what it makes, that is the same order.
+Two kinds can be told: byte-level BPE whose first split is one that llama.cpp has by name (`tokenizer.ggml.pre`), and BPE with
+byte fallback, which llama.cpp runs as SentencePiece does: of all pairs of neighbours that make a token, the one of the highest
+score is joined first.  With minus the rank of the merge as the score of what it makes, that is the same order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # gguf.To
 
 
 def write_vocabulary(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Add the tokenizer to a gguf.GGUFWriter, padded to `size` tokens; UnsupportedModel for a kind that llama.cpp does not know."""
+    """Add a tokenizer, padded to `size` tokens, to a gguf.GGUFWriter; UnsupportedModel for a kind unknown to llama.cpp."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     model = backend["model"]
     if model["type"] != "BPE":
@@ -57,7 +57,9 @@ def _tokens(backend: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     added = {entry["id"]: entry for entry in backend["added_tokens"]}
     vocabulary |= {number: entry["content"] for number, entry in added.items()}
     if max(vocabulary) >= size:
-        raise UnsupportedModel(f"the tokenizer has token {max(vocabulary)}, the model {size} embeddings: they do not belong together")
+        raise UnsupportedModel(
+            f"the tokenizer has token {max(vocabulary)}, the model {size} embeddings: they do not belong together"
+        )
     tokens, types = [], []
     for number in range(size):
         token = vocabulary.get(number)
@@ -114,4 +116,6 @@ def _split_name(pre_tokenizer: Any) -> str:
         if pattern in _SPLITS:
             return _SPLITS[pattern]
     known = ", ".join(("gpt-2", "smollm", *_SPLITS.values()))
-    raise UnsupportedModel(f"the tokenizer splits text by {kinds}, which is none of {known} of llama.cpp: export --to dense instead")
+    raise UnsupportedModel(
+        f"the tokenizer splits text by {kinds}, which is none of {known} of llama.cpp: export --to dense instead"
+    )

@@ -46,7 +46,9 @@ class _Target:
 
         if config.model_type not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
-            raise UnsupportedModel(f"{config.model_type} cannot be written to GGUF here: choose one of {known}, or export --to dense")
+            raise UnsupportedModel(
+                f"{config.model_type} cannot be written to GGUF here: choose one of {known}, or export --to dense"
+            )
         architecture, permutes = _ARCHITECTURES[config.model_type]
         kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
         queries = config.num_attention_heads
@@ -85,10 +87,10 @@ def write_model(
     kind: str,
     half: torch.dtype = torch.float16,
 ) -> None:
-    """Write a model: the weights of `matrices` (names of linear layers) as `kind` of TYPES, other matrices as `half`, vectors as F32.
+    """Write a model: the weights of the linear layers `matrices` as `kind` of TYPES, other matrices as `half`, vectors as F32.
 
-    tensors are asked for once each, in the order of `shapes`.  A matrix whose rows are no whole number of blocks is stored as `half`.  Raises UnsupportedModel for an architecture, a tensor, a
-    tokenizer or a rotary embedding that cannot be told.
+    tensors are asked for once each, in the order of `shapes`.  A matrix whose rows are no whole number of blocks is stored as
+    `half`.  Raises UnsupportedModel for an architecture, a tensor, a tokenizer or a rotary embedding that cannot be told.
     """
     import gguf
 
@@ -120,7 +122,10 @@ def write_model(
 
 
 def write_adapter(path: Path, config: PretrainedConfig, low_rank: Iterable[tuple[str, Tensor, Tensor]]) -> int:
-    """Write (layer, B (n, r), A (r, d)) as a LoRA adapter in F16; how many there are.  alpha 0 tells llama.cpp: the factor is one."""
+    """Write (layer, B (n, r), A (r, d)) as a LoRA adapter in F16; how many there are.
+
+    alpha 0 tells llama.cpp that the adapter's factor is one, whatever its ranks.
+    """
     import gguf
 
     target = _Target.of(config)
@@ -214,7 +219,9 @@ def _rope_factors(config: PretrainedConfig) -> Tensor | None:
     if rope["rope_type"] in ("default", "linear"):
         return None
     if rope["rope_type"] != "llama3":
-        raise UnsupportedModel(f"rotary embeddings of type {rope['rope_type']} cannot be written to GGUF here: export --to dense instead")
+        raise UnsupportedModel(
+            f"rotary embeddings of type {rope['rope_type']} cannot be written to GGUF here: export --to dense instead"
+        )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2).float() / width)

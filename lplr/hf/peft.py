@@ -29,8 +29,8 @@ def write_peft(
 ) -> int:
     """Write `output`/base, NF4, from the dense folder of Q, and `output`/adapter; how many matrices have an adapter.
 
-    layers: the linear layers that become NF4; the others stay dense.  low_rank: (layer, B, A); when it is empty there is no folder
-    `adapter`.  Raises BackendError without the packages, UnsupportedModel where bitsandbytes does not take a layer.
+    layers: the linear layers that become NF4; the others stay dense.  low_rank: (layer, B, A); when it is empty there is no
+    folder `adapter`.  Raises BackendError without the packages, UnsupportedModel where bitsandbytes does not take a layer.
     """
     peft, bitsandbytes = _packages()
     model = _load_nf4(dense, layers)

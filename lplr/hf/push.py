@@ -45,14 +45,19 @@ def upload(folder: Path, repo: str, *, revision: str | None = None, message: str
 
     check_secrets(folder)
     with hub_errors(repo, revision, access="write"):
-        done = huggingface_hub.HfApi().upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, commit_message=message
-        )
+        try:
+            done = huggingface_hub.HfApi().upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, commit_message=message
+            )
+        except RuntimeError as error:  # what stops one file comes wrapped in it, or, from its storage library, as it
+            if isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise HubError(f"sending to {repo} stopped: run the same command again, what has arrived is kept") from error
     return str(done.commit_url)
 
 
 def check_secrets(folder: Path) -> None:
-    """HubError, which does not repeat it, when a text file of a folder holds this session's token or anything that looks like one."""
+    """HubError when a text file of a folder holds the user's token or what looks like one; the message does not repeat it."""
     from huggingface_hub import get_token
 
     own = (get_token() or "").encode()
@@ -60,4 +65,6 @@ def check_secrets(folder: Path) -> None:
         if path.suffix in _TEXTS and path.name not in _VOCABULARY:
             content = path.read_bytes()
             if _SECRET.search(content) or (own and own in content):
-                raise HubError(f"{path.name} holds what looks like an access token: take it out (and revoke it) before publishing")
+                raise HubError(
+                    f"{path.name} holds what looks like an access token: take it out (and revoke it) before publishing"
+                )

@@ -1,9 +1,13 @@
 """The only door to vLLM: an out-of-tree plugin that serves compressed folders.
 
-vLLM calls `register` in each of its processes through the entry point `vllm.general_plugins`; from then on it knows the quant_method
-`lplr` of a folder's config.json.  vLLM joins q, k, v and gate, up into one layer; their packed parts have formats of their own, so such a
-layer holds one `LowRankLinear` for each and joins what they give.  One process serves a model: no tensor parallelism, no experts.
+vLLM calls `register` in each of its processes through the entry point `vllm.general_plugins`; from then on it knows the
+quant_method `lplr` of a folder's config.json.  vLLM joins q, k, v and gate, up into one layer; their packed parts have formats
+of their own, so such a layer holds one `LowRankLinear` for each and joins what they give.  One process serves a model: no
+tensor parallelism, no experts.
 """
+
+# vLLM is no dependency: it is there where it calls this file
+# pyright: reportMissingImports=false
 
 from __future__ import annotations
 
@@ -42,7 +46,9 @@ class Parts(nn.Module):
         super().__init__()
         self.names, self.dtype = names, dtype
         self.layers = nn.ModuleList(
-            nn.Linear(width, n, bias=False, device="meta", dtype=dtype) if fmt is None else LowRankLinear(fmt, device="meta", dtype=dtype)
+            nn.Linear(width, n, bias=False, device="meta", dtype=dtype)
+            if fmt is None
+            else LowRankLinear(fmt, device="meta", dtype=dtype)
             for fmt, n in zip(formats, sizes, strict=True)
         )
         self.missing = {(i, key) for i, layer in enumerate(self.layers) for key in layer.state_dict()}
@@ -57,7 +63,9 @@ class Parts(nn.Module):
         wanted = layer.state_dict().get(key)
         packed = isinstance(layer, LowRankLinear)
         if wanted is None or wanted.shape != value.shape or (packed and wanted.dtype != value.dtype):
-            raise CheckpointError(f"{self.names[index]}.{key} is {value.dtype} {tuple(value.shape)}: config.json tells another format")
+            raise CheckpointError(
+                f"{self.names[index]}.{key} is {value.dtype} {tuple(value.shape)}: config.json tells another format"
+            )
         if packed:
             setattr(layer, key, value)
         else:
@@ -98,7 +106,9 @@ def _config_class() -> type:
         @classmethod
         def from_config(cls, config: dict[str, Any]) -> LplrVllmConfig:
             if config.get("defused"):
-                raise UnsupportedModel("mixtures of experts cannot be served by vLLM here: use transformers, or export --to dense")
+                raise UnsupportedModel(
+                    "mixtures of experts cannot be served by vLLM here: use transformers, or export --to dense"
+                )
             return cls(LplrConfig(**config).formats())
 
         def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
@@ -133,7 +143,9 @@ def _method_class() -> type:
             if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
                 raise UnsupportedModel(f"{self.names[0]}: packed weights cannot be split: serve with tensor_parallel_size=1")
             if len(output_partition_sizes) != len(self.names):
-                raise UnsupportedModel(f"{self.names[0]}: vLLM joins {len(output_partition_sizes)} layers here, {self.names} are known")
+                raise UnsupportedModel(
+                    f"{self.names[0]}: vLLM joins {len(output_partition_sizes)} layers here, {self.names} are known"
+                )
             parts = Parts(self.names, self.formats, output_partition_sizes, input_size, params_dtype)
             object.__setattr__(layer, "_lplr_parts", parts)  # no submodule yet: the loader of vLLM goes by parameters
             for key in parts.tensor_names():

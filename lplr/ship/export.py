@@ -4,8 +4,8 @@
     peft    Q as bitsandbytes NF4, L R as a LoRA adapter
     gguf    Q as a GGUF quantization, L R as a GGUF LoRA; a matrix without Q goes into the model whole
 
-The loss is the KL divergence of the export, read back from its files by the libraries of its format, to the model that lplr runs in
-float32, on a short text.  What the other engine's own arithmetic adds is not in it.
+The loss is the KL divergence of the export, read back from its files by the libraries of its format, to the model that lplr
+runs in float32, on a short text.  What the other engine's own arithmetic adds is not in it.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def export(
 ) -> Exported:
     """Write a compressed folder (or Hub id) as `to` (dense, peft or gguf) into the new folder `output`, and measure the loss.
 
-    output appears whole or not at all, with the result as export.json in it.  Raises RecipeError for an unknown format, OutputError
-    for a folder that is there, UnsupportedModel for what the format cannot hold, BackendError without its packages.
+    output appears whole or not at all, with the result as export.json in it.  Raises RecipeError for an unknown format,
+    OutputError for a folder that is there, UnsupportedModel for what the format cannot hold, BackendError without its packages.
     """
     write, read_back = choose(_FORMATS, to, "format")
     target = Path(output).expanduser()
@@ -171,9 +171,7 @@ def _tokenizer(source: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _loss(
-    source: Path, read_back: Callable[[], Any], dataset: str, step: Step
-) -> tuple[float | None, float | None, str, int]:
+def _loss(source: Path, read_back: Callable[[], Any], dataset: str, step: Step) -> tuple[float | None, float | None, str, int]:
     """Mean KL(lplr || export) in nats and top-1 agreement over the predictions of a short text, its name, and their number."""
     tokenizer = _tokenizer(source)
     if tokenizer is None:

@@ -32,9 +32,10 @@ def push(
 ) -> str:
     """Publish a folder that `compress` wrote as the Hub's repository `repo` (owner/name); the address of the commit.
 
-    Sent are the files of the run, run.jsonl, evaluations, report.html (made when it is missing) and the card; `folder` itself gets
-    the report and is left as it is otherwise.  The same call after an interruption goes on.  private: of a repository that is
-    made now.  revision: a branch, made when it is missing.  Raises VerificationError for a folder that is not intact, HubError.
+    Sent are the files of the run, run.jsonl, evaluations, report.html (made when it is missing) and the card; `folder` itself
+    gets the report and is left as it is otherwise.  The same call after an interruption goes on.  private: of a repository that
+    is made now.  revision: a branch, made when it is missing.  Raises VerificationError for a folder that is not intact,
+    HubError.
     """
     path, tell = Path(folder).expanduser(), notify or (lambda _: None)
     verify(path, progress=progress)
@@ -47,7 +48,7 @@ def push(
     rows = list(records.layers(entries))
     card = card_text(entries[0], done, rows, evaluations=list(evaluations.values()), licence=licence, repo=repo)
     if SHIM not in done["files"]:
-        tell(f"the folder is older than {SHIM}: without `import lplr` its weights will be random; compress it again to get the file")
+        tell(f"the folder is older than {SHIM}: without `import lplr` its weights will be random: compress it again")
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch)
         for file in {*(path / name for name in done["files"] if name != CARD), path / LEDGER, report, *evaluations}:

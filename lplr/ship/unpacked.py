@@ -1,4 +1,4 @@
-"""A compressed folder as engines without packing read it: dense tensors under the names of the model, each made when it is asked for."""
+"""A compressed folder as engines without packing read it: dense tensors by the model's names, each made when asked for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Unpacked(Mapping[str, Tensor]):
         if fields.get("quant_method") != QUANT_METHOD:
             raise CheckpointError(f"{folder} holds no model that lplr compressed: give a folder that `lplr compress` wrote")
         self.formats: dict[str, Format] = LplrConfig(**fields).formats()
-        del self.config.quantization_config
+        delattr(self.config, "quantization_config")
         self.source = open_source(folder)
         self._held = frozenset(self.source.names())
         net = skeleton(self.config)
