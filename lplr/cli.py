@@ -97,6 +97,8 @@ def compress(
     device: Annotated[str | None, _setting("--device", "Where to compute: cpu or cuda.")] = None,
     dry_run: Annotated[bool, _run_option("--dry-run", text="Print size, bits, memory, time and ranks; do nothing.")] = False,
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
+    push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
+    private: Annotated[bool, _run_option("--private", text="Let only you see what is published.")] = False,
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
@@ -111,9 +113,15 @@ def compress(
         from lplr.stream.compress import compress as run
 
         folder = output or _default_folder(chosen)
+        if push_to_hub:
+            from lplr.hf.push import create
+
+            create(push_to_hub, private=private)
         with progress_bar("compress") as step:
             rows = run(chosen, folder, resume=not no_resume, notify=notice, progress=step)
         tables.summary(folder, rows)
+        if push_to_hub:
+            _push(folder, push_to_hub, private, None)
 
 
 def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool) -> Recipe:
@@ -361,6 +369,44 @@ def verify(folder: Folder, against: Against = None) -> None:
         if v.worst is not None:
             closest = f"the closest is {escape(v.worst_layer)}, error / certificate = {v.worst:.6f}"
             out.print(f"every certificate holds; {closest}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository of the Hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Let only you see a repository that is made now.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch, made when it is missing (main).", show_default=False)] = None,
+) -> None:
+    """Publish a compressed folder on the Hugging Face Hub, with a card and a report.  Run again, it goes on where it stopped."""
+    with clear_errors():
+        _push(folder, repo, private, revision)
+
+
+def _push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
+    from lplr.ship.push import push as run
+
+    with progress_bar("push") as step:
+        address = run(folder, repo, private=private, revision=revision, notify=notice, progress=step)
+    out.print(f"published: {escape(address)}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or the Hub id of one.", show_default=False)],
+    to: Annotated[str, typer.Option(help="dense (bfloat16), peft (NF4 and LoRA) or gguf (llama.cpp).", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder (DIR-TO).", show_default=False)] = None,
+    gguf_type: Annotated[str, typer.Option(help="Of the matrices: q8_0, q5_1, q5_0, q4_1, q4_0, f16 or bf16.")] = "q8_0",
+) -> None:
+    """Write a compressed folder for another engine, and measure what that loses."""
+    with clear_errors():
+        from lplr.ship.export import as_table
+        from lplr.ship.export import export as run
+
+        target = output or Path(f"{Path(folder).name}-{to}")
+        with progress_bar("export") as step:
+            found = run(folder, to, target, gguf_type=gguf_type, notify=notice, progress=step)
+        tables.facts(str(target), as_table(found))
 
 
 @app.command()

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "lplr"
 ORDER = (
     ["errors", "files", "recipe", "records", "metrics", "kernels", "linalg", "quant", "factor", "nn", "recover", "hf", "stream"]
-    + ["evaluate", "demo", "terminal", "tables", "cli"]
+    + ["evaluate", "ship", "demo", "terminal", "tables", "cli"]
 )
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["kernels"] = {"errors", "kernels"}
@@ -19,11 +19,13 @@ ALLOWED["report"] = {"errors", "records", "report"}
 ALLOWED["terminal"] = {"errors", "terminal"}
 ALLOWED["convex"] = {"errors", "linalg", "convex"}
 ALLOWED["demo"] |= {"report"}
+ALLOWED["ship"] |= {"report"}
 ALLOWED["tables"] |= {"report", "convex"}
 ALLOWED["cli"] |= {"report", "convex"}
 ALLOWED[""] = {*ORDER, "report", "convex"}  # lplr/__init__.py: names of every part, imported when used
 DOORS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "triton": "kernels", "jinja2": "report"}
 DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "scipy": "convex", "lm_eval": "evaluate"}
+DOORS |= {"peft": "hf", "vllm": "hf", "bitsandbytes": "hf"}
 # a head joins a language model and a convex programme: files on each side
 JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.hf.classifier": {"convex"}}
 JOINTS |= {"lplr.convex.prune_head": {"hf"}, "lplr.convex.explain": {"hf"}}

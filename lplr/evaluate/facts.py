@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from lplr import records
+from lplr.files import sha256
 from lplr.hf.load import is_gguf
 from lplr.records import LEDGER
-from lplr.files import sha256
 
 PACKAGES = ("lplr", "torch", "transformers", "tokenizers", "lm_eval", "datasets")
 

@@ -239,6 +239,18 @@ class Factorization:
         assert out is not None
         return rotated(out, self.rotation, self.output_rotation, inverse=True)
 
+    def plain_parts(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(P Q O^T, P L, R O^T), dense, whose first plus the product of the others is W; None for what is not there.
+
+        What an engine without rotations can hold: (n, d), (n, r) and (r, d).
+        """
+        q, l, r = (None if part is None else part.dequantize(dtype) for part in (self.q, self.l, self.r))
+        return (
+            None if q is None else rotated(q, self.rotation, self.output_rotation, inverse=True),
+            None if l is None else rotated(l, 0, self.output_rotation, inverse=True),
+            None if r is None else rotated(r, self.rotation, 0, inverse=True),
+        )
+
     def stored_bits(self) -> int:
         """Every stored bit."""
         return self.format.stored_bits()

@@ -163,6 +163,8 @@ class GgufSource:
         """The float32 values of one stored tensor, unpacked a slab of rows at a time."""
         from gguf.quants import dequantize
 
+        if not _unpackable(stored.type):
+            raise CheckpointError(f"{self.path}: the gguf package cannot unpack {stored.type.name}: give another quantization")
         out = torch.empty(stored.rows, stored.shape[-1])
         target = out.numpy()
         step = max(1, CHUNK_WEIGHTS // max(1, stored.shape[-1]))
@@ -173,13 +175,21 @@ class GgufSource:
                 blob = np.frombuffer(file.read(rows * stored.row_bytes), dtype=np.uint8)
                 if blob.size != rows * stored.row_bytes:
                     raise CheckpointError(f"{self.path}: shrank while it was read: download the file again")
-                try:
-                    target[row : row + rows] = dequantize(blob.reshape(rows, stored.row_bytes), stored.type)
-                except NotImplementedError:
-                    raise CheckpointError(
-                        f"{self.path}: the gguf package cannot unpack {stored.type.name}: give another quantization"
-                    ) from None
+                target[row : row + rows] = dequantize(blob.reshape(rows, stored.row_bytes), stored.type)
         return out.reshape(stored.shape)
+
+
+@lru_cache
+def _unpackable(kind: Any) -> bool:
+    """Whether the gguf package unpacks a type, tried on one block of zeros: it has no list to ask."""
+    from gguf import constants
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, constants.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _entry(stored: Stored, index: int) -> Stored:
@@ -240,6 +250,8 @@ def _processor_mapping(header: Header, config: PretrainedConfig, model: PreTrain
     try:
         table = tools.get_gguf_hf_weights_map(_Outline.of(model), processor)
     except NotImplementedError as error:
+        if "model_type" not in str(error):  # what transformers says of a name that gguf does not know; anything else is a fault
+            raise
         raise UnsupportedModel(f"gguf knows no tensor names of {config.model_type}: {error}") from error
     groups: dict[str, list[str]] = {}
     for key in header.tensors:

@@ -164,10 +164,11 @@ def _cached(repo: str, file: str, revision: str | None) -> Path | None:
 
 
 @contextmanager
-def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -> Iterator[None]:
+def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model", access: str = "read") -> Iterator[None]:
     """Turn what huggingface_hub raises inside the block into a HubError that says what to do.
 
-    kind: model or dataset.  The causes are chained, their texts are left out: they have many lines.
+    kind: model or dataset.  access: read or write, what the block does.  The causes are chained, their texts are left out:
+    they have many lines.
     """
     from huggingface_hub import constants, errors, get_token
 
@@ -176,7 +177,8 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
     # the HTTP library's own root differs between versions of huggingface_hub, and the last one came with 2.4
     offline: tuple[Any, ...] = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError)
     offline += (errors.HfHubHTTPError.__bases__[0], getattr(errors, "RevisionResolutionError", TimeoutError))
-    log_in = "run `hf auth login` (or set HF_TOKEN to a read token)"
+    log_in = f"run `hf auth login` (or set HF_TOKEN to a {access} token)"
+    other = "give a folder on this machine" if access == "read" else "run the same command again later: what has arrived is kept"
     try:
         yield
     except errors.GatedRepoError as error:
@@ -184,7 +186,7 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
         raise HubError(f"{what} is gated: accept its licence at {page}, {step}, and run again") from error
     except errors.RepositoryNotFoundError as error:
         if get_token():
-            hint = "check the spelling; if it is private, use a token that may read it"
+            hint = f"check the spelling; if it is private, use a token that may {access} it"
         else:
             hint = f"check the spelling; if it is private or gated, {log_in}"
         raise RepositoryAbsent(f"{what}: no such folder here and no such repository on the Hub: {hint}") from error
@@ -195,11 +197,11 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
     except errors.HFValidationError as error:
         raise HubError(f"{what} is not a Hub id: give owner/name, or the path of a folder") from error
     except errors.HfHubHTTPError as error:
-        raise _status_error(what, page, log_in, error.response.status_code, bool(get_token())) from error
+        raise _status_error(what, page, (log_in, other, access), error.response.status_code, bool(get_token())) from error
     except offline as error:
         raise Unreachable(
             f"cannot reach the Hub for {what}: check the connection (and that HF_HUB_OFFLINE is not set), "
-            "or give a folder on this machine"
+            f"or {other}"
         ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -207,14 +209,20 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model") -
         raise HubError(f"cannot store {what}: {error.strerror or 'write failed'}: {step}") from error
 
 
-def _status_error(what: str, page: str, log_in: str, status: int, token: bool) -> HubError:
-    """The HubError for a refusal that has no exception class of its own; token: whether one was sent."""
+def _status_error(what: str, page: str, words: tuple[str, str, str], status: int, token: bool) -> HubError:
+    """The HubError for a refusal that has no exception class of its own.
+
+    words: how to log in, what else to do, and the access that was wanted; token: whether one was sent.
+    """
+    log_in, other, access = words
     if status == 401 and not token:
         return HubError(f"the Hub wants to know who asks for {what}: {log_in} and run again")
     if status == 401:
         return HubError(f"the Hub refused the token sent for {what} (invalid or expired): {log_in} and run again")
+    if status == 403 and access == "write":
+        return HubError(f"the Hub forbids writing {what}: use a token with write access to that name, see {page}")
     if status == 403:
         return HubError(f"the Hub forbids reading {what}: use a token with read access to gated repositories, see {page}")
     if status == 429:
         return HubError(f"the Hub limits the rate of requests (429) for {what}: wait some minutes, or {log_in}")
-    return HubError(f"the Hub answered {status} for {what}: try again later, or give a folder on this machine")
+    return HubError(f"the Hub answered {status} for {what}: try again later, or {other}")

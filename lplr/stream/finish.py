@@ -7,7 +7,8 @@ from typing import Any
 from lplr import records
 from lplr.errors import OutputError
 from lplr.files import sha256, write_text_atomic
-from lplr.hf.export import card_text, config_text
+from lplr.hf.card import CARD, SHIM, card_text, shim_text
+from lplr.hf.export import architecture_of, config_text
 from lplr.hf.quantizer import LplrConfig
 from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint
@@ -28,7 +29,9 @@ def finish_folder(checkpoint: Checkpoint, recipe: Recipe, ledger: Ledger) -> Non
     rows = list(records.layers(ledger.entries))
     summary = _summary(ck, rows, tensor_bytes)
     write_text_atomic(folder / "recipe.yaml", recipe.to_yaml())
-    write_text_atomic(folder / "README.md", card_text(ledger.entries[0], summary))
+    write_text_atomic(folder / CARD, card_text(ledger.entries[0], summary, rows))
+    if architecture := architecture_of(ck.config):
+        write_text_atomic(folder / SHIM, shim_text(architecture))
     dtype = max((ck.stored_dtype(n) for n in ck.other_tensors()), key=lambda t: (t.is_floating_point, t.itemsize))
     config = LplrConfig(records.formats(rows), recipe.modules_to_not_convert, ck.defused)
     write_text_atomic(folder / "config.json", config_text(ck.config, config, dtype))
@@ -41,11 +44,15 @@ def finish_folder(checkpoint: Checkpoint, recipe: Recipe, ledger: Ledger) -> Non
 
 
 def _manifest(ledger: Ledger) -> dict[str, dict[str, Any]]:
-    """Name -> bytes and SHA-256 of every file that the run wrote but run.jsonl, read back from the disk."""
+    """Name -> bytes and SHA-256 of every file that the run wrote but run.jsonl and the card, read back from the disk.
+
+    The card is for people and is written again with what was measured later.
+    """
     shards = {line["file"]: line for line in ledger.blocks.values()}
     copied = {name: entry["sha256"] for name, entry in ledger.entries[0]["files"].items() if entry["copied"]}
+    shim = {SHIM} if (ledger.folder / SHIM).is_file() else set()
     out = {}
-    for name in sorted({INDEX, "recipe.yaml", "README.md", "config.json", *shards, *copied}):
+    for name in sorted({INDEX, "recipe.yaml", "config.json", *shim, *shards, *copied}):
         path = ledger.folder / name
         out[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         told = copied.get(name) or (shards[name]["sha256"] if name in shards else out[name]["sha256"])

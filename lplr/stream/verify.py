@@ -15,6 +15,7 @@ from lplr import records
 from lplr.errors import CheckpointError, OutputError, VerificationError
 from lplr.factor import Factorization, Format, measured_error
 from lplr.files import sha256
+from lplr.hf.card import CARD
 from lplr.nn.swap import is_conv1d
 from lplr.records import LEDGER, LayerRecord
 from lplr.stream.checkpoint import Checkpoint, open_checkpoint
@@ -28,7 +29,7 @@ AGAIN = "copy the folder again, or compress the model again"
 SAME = "give the model that was compressed"
 SLACK = 1e-5  # relative: sums of the same float64 numbers in another order differ by less
 ROUNDING = 1e-12  # of the norm: what is left of that difference where the error itself is next to nothing
-_LATER = (LEDGER, "report.html", "heads")  # what comes or changes after the `done` line; evaluations and hidden files too
+_LATER = (LEDGER, CARD, "report.html", "heads")  # what comes or changes after the `done` line; evaluations and hidden files too
 
 Step = Callable[[float, float, str], None]
 
@@ -106,6 +107,8 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]], step: Step) -> 
     total = float(sum(facts["bytes"] for facts in files.values()))
     seen = 0.0
     for name, facts in files.items():
+        if name == CARD:  # in the list of runs of old
+            continue
         step(seen, total, f"checksum of {name}")
         path = folder / name
         if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pico
 import pytest
 import torch
 
@@ -160,3 +161,18 @@ def test_width_of_the_backbone() -> None:
     assert Format((8, 10), q_bits=2, q_narrow=5, q_grid="lattice").backbone_width == 1
     assert Format((8, 10), 3, 2, 2).backbone_width == 0
     assert Format((8, 10), 3, 2, 2, 1.5, q_grid="trellis").grids() == ("uniform", "trellis")
+
+
+@pytest.mark.parametrize("rotations", [(0, 0), (3, 0), (0, 4), (3, 4)])
+@pytest.mark.parametrize("rank, bits", [(5, (2, 3, 0)), (0, (0, 0, 3)), (3, (1, 4, 2))])
+def test_plain_parts_add_up_without_rotations(rank: int, bits: tuple[int, int, int], rotations: tuple[int, int]):
+    f = pico.random_factorization(12, 20, rank, torch.Generator().manual_seed(0), bits)
+    f = replace(f, rotation=rotations[0], output_rotation=rotations[1])
+    q, l, r = f.plain_parts(torch.float64)
+    assert (q is None) == (bits[2] == 0) and (l is None) == (r is None) == (rank == 0)
+    total = torch.zeros(12, 20, dtype=torch.float64) if q is None else q
+    if l is not None and r is not None:
+        assert l.shape == (12, rank) and r.shape == (rank, 20)
+        total = total + l @ r
+    # float64 sums in another order
+    torch.testing.assert_close(total, f.dequantize(torch.float64), rtol=1e-12, atol=1e-12)
