@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lplr.files import write_atomic, write_text_atomic
 from lplr.hf.export import tokenizer_files
 from lplr.ship.unpacked import Unpacked
-from lplr.stream.shards import shard_name, write_atomic, write_index, write_shard, write_text_atomic
+from lplr.stream.shards import shard_name, write_index, write_shard
 
 SHARD_BYTES = 4 << 30
 

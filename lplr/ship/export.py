@@ -22,6 +22,7 @@ from torch import Tensor
 
 import lplr
 from lplr.errors import CheckpointError, OutputError, choose
+from lplr.files import write_text_atomic
 from lplr.hf import gguf_write, peft
 from lplr.hf.hub import resolve
 from lplr.hf.load import load_model, load_tokenizer
@@ -29,7 +30,6 @@ from lplr.hf.text import evaluation_tokens, read_text
 from lplr.metrics import kl_divergence, top1_agreement
 from lplr.ship.dense import write_dense
 from lplr.ship.unpacked import Backbone, Unpacked
-from lplr.stream.shards import write_text_atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
