@@ -88,10 +88,10 @@ def solve_lasso(
         at = int((~torch.isfinite(sizes)).nonzero()[0])
         raise RecipeError(f"Y or column {at} of the dictionary holds NaN or Inf: drop these samples or features")
     U = torch.zeros(lasso.count, 1, lasso.Y.shape[1], dtype=torch.float64) if warm is None else warm.U.double()
-    chosen = sizes >= sizes.topk(min(FIRST, lasso.count)).values[-1]
     if warm is not None:
-        chosen = (U != 0).flatten(1).any(1) | (lasso.adjoint(warm.theta.double()).norm(dim=1) >= NEAR * lam)
-        chosen[sizes.argmax()] = True
+        sizes = lasso.adjoint(warm.theta.double()).norm(dim=1)
+    chosen = (U != 0).flatten(1).any(1)
+    chosen[sizes.topk(min(FIRST, lasso.count)).indices] = True
     run = Run(lasso.part(torch.zeros(1, dtype=torch.long)), penalty, tol, max_iter, callback)
     within = max(tol / 2, 1e-3)
     while not run.over:
