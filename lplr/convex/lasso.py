@@ -79,6 +79,8 @@ def solve_lasso(
     """
     if lasso.count < 1:
         raise RecipeError("the dictionary is empty: give features")
+    if not 0 < tol < 1 or max_iter < 1:
+        raise RecipeError(f"tol is {tol}, max_iter {max_iter}: give a relative gap between 0 and 1, and 1 or more working sets")
     if warm is not None and warm.U.shape != (lasso.count, 1, lasso.Y.shape[1]):
         raise RecipeError(f"warm has weights {tuple(warm.U.shape)}, the dictionary {lasso.count} columns: start from none")
     lasso, penalty = replace(lasso, Y=lasso.Y.double()), Penalty(lam)
