@@ -208,7 +208,8 @@ def network(wedges: Wedges, solution: Solution) -> ReluNetwork:
 def principal(X: Tensor, k: int) -> Tensor:
     """The k leading principal directions (d, k) of X (n, d), orthonormal; fewer where the rank of X is."""
     _, sizes, V = torch.linalg.svd(X.double() - X.double().mean(0), full_matrices=False)
-    return V[: min(k, int((sizes > RANK * sizes[:1]).sum()))].T.contiguous()
+    rank = int((sizes > RANK * X.double().norm(dim=1).max()).sum())
+    return V[: min(k, rank)].T.contiguous()
 
 
 def sketched(d: int, k: int, generator: torch.Generator) -> Tensor:
@@ -223,10 +224,9 @@ def draw_gates(
 
     Normals lie in the range of a basis (d, k), e.g. `sketched`; without one, in the span of at most `most` principal directions.
     """
-    size = min(most, X.shape[1], len(X))
-    if basis is None and size < X.shape[1]:
-        basis = principal(X, size)
-    size = size if basis is None else basis.shape[1]
+    if basis is None:
+        basis = principal(X, min(most, len(X)))
+    size = basis.shape[1]
     if not size:
         return Gates(X.new_zeros(X.shape[1], 0), X.new_zeros(0))
     found = through(X, local(X, size if bias else size - 1, P, generator), bias=bias, basis=basis)

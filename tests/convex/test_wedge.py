@@ -337,6 +337,8 @@ def test_drawn_gates():
     assert (((X @ gates.vectors + gates.offsets).abs() < 1e-10).sum(0) == 7).all()
     gates = wedge.draw_gates(X[:4], 9, draw, bias=False)
     assert gates.vectors.shape[0] == 30 and not gates.offsets.any() and len(gates)
+    flat = torch.cat([normal(1, 20, 2), torch.full((20, 1), 3.0)], 1)  # a constant column is no direction
+    assert wedge.draw_gates(flat, 5, draw).vectors[:2].norm(dim=0) == pytest.approx(torch.ones(5))
     assert len(wedge.draw_gates(torch.ones(5, 3, dtype=torch.float64), 4, draw)) == 0
     assert len(wedge.draw_gates(normal(0, 1, 3), 4, draw)) == 0  # one sample draws no hyperplane
 
