@@ -23,8 +23,9 @@ ALLOWED["cli"] |= {"report", "convex"}
 ALLOWED[""] = {*ORDER, "report", "convex"}  # lplr/__init__.py: names of every part, imported when used
 DOORS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "triton": "kernels", "jinja2": "report"}
 DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "scipy": "convex"}
-# a head joins a language model and a convex programme: two files, one on each side
-JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.convex.prune_head": {"hf"}, "lplr.hf.classifier": {"convex"}}
+# a head joins a language model and a convex programme: two sides
+JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.hf.classifier": {"convex"}}
+JOINTS |= {"lplr.convex.prune_head": {"hf", "stream"}}
 
 
 def part_of(module: str) -> str:
