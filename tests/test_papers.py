@@ -35,9 +35,13 @@ def test_the_quantizer_is_the_nearest_of_equally_spaced_points(generator: torch.
     assert torch.equal(fm.to_nearest(torch.ones(2, 3), 1), torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("shape, widths, bits, rank", [((1000, 1000), (4, 8), 1, 83), ((1000, 1000), (4, 8), 2, 166), ((1534, 1433), (4, 8), 1, 124)])
+@pytest.mark.parametrize(
+    "shape, widths, bits, rank", [((1000, 1000), (4, 8), 1, 83), ((1000, 1000), (4, 8), 2, 166), ((1534, 1433), (4, 8), 1, 124)]
+)
 def test_ranks_are_the_published_ones(shape: tuple[int, int], widths: tuple[int, int], bits: int, rank: int) -> None:
-    assert fm.rank_at(shape, bits, *widths) == pytest.approx(rank, abs=1)  # 1534 x 1433: the poster's 124 is 124.4 or 123.1, by orientation
+    assert fm.rank_at(shape, bits, *widths) == pytest.approx(
+        rank, abs=1
+    )  # 1534 x 1433: the poster's 124 is 124.4 or 123.1, by orientation
     assert fm.rank_at((3, 4), 1, 8, 8) == 1
 
 

@@ -113,7 +113,9 @@ def main() -> None:
         c, e = line["caldera"], line["equal bits"]
         paper = f"{PAPER['rank'][i]}, {PAPER['bits'][i]}, {PAPER['perplexity'][i]}"
         better = f"{line['caldera_better']} of {line['matrices']}"
-        print(f"{line['mean_rank']:6.1f} {c['bits']:8.4f} {c['held']:9.5f} {e['bits']:8.4f} {e['held']:9.5f}  {better:15}  {paper}")
+        print(
+            f"{line['mean_rank']:6.1f} {c['bits']:8.4f} {c['held']:9.5f} {e['bits']:8.4f} {e['held']:9.5f}  {better:15}  {paper}"
+        )
     facts = [{"name": t.name, "sha256": t.sha256, "rows": list(r.shape)} for t, r in zip(texts, (fit, judge), strict=True)]
     header = {"model": Path(args.model).resolve().name, "q_bits": Q_BITS, "lr_bits": LR_BITS, "paper": PAPER}
     header |= {"calibration": facts[0], "heldout": facts[1]}

@@ -10,7 +10,7 @@ m = floor(B_nq n d / (n B + d B')), at which the codes of L R take no more bits 
 published (`fitted`), alpha L R + beta is taken in place of L R.  Stored bits count the codes and the scalars, 32 bits each.
 Source: Saha, Srivastava, Pilanci, NeurIPS 2023, Algorithm 1 and section 4; rank and quantizer as its authors' code has them.
 
-    ours       `factorize(method="lplr")` of this package, widths and rank by its defaults, every bit counted, within B_nq bits an entry
+    ours       `factorize(method="lplr")` of this package, widths and rank by its defaults, within B_nq bits, every bit counted
     ours B B'  the same with the published widths, and the largest rank within the same bits
     ours auto  `factorize(method="auto")` within the same bits
 """
@@ -83,7 +83,9 @@ def error(A: Tensor, made: Tensor) -> float:
     return float((A - made).norm() / A.norm())
 
 
-def compare(A: Tensor, bits: int, l_bits: int, r_bits: int, *, fitted: bool = False, seed: int = 0) -> dict[str, tuple[Tensor, dict]]:
+def compare(
+    A: Tensor, bits: int, l_bits: int, r_bits: int, *, fitted: bool = False, seed: int = 0
+) -> dict[str, tuple[Tensor, dict]]:
     """Method -> what it makes of A (float64), and its error, bits, seconds."""
     found = {}
     for method in (*PUBLISHED, *OURS):

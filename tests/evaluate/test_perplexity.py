@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lplr.errors import CheckpointError, DatasetError, RecipeError
-from lplr.evaluate.kept import Kept
 from lplr.evaluate import as_table, context_length, evaluate, to_json
+from lplr.evaluate.kept import Kept
 from lplr.hf.text import Text, evaluation_tokens, read_text
 
 
