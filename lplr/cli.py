@@ -159,7 +159,7 @@ def _dry_run(recipe: Recipe) -> None:
 
 @app.command("eval")
 def evaluate(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Compressed folders, or any models.", show_default=False)],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Compressed folders, or any models.")],
     dataset: Annotated[
         str, typer.Option(help="Text: builtin:heldout, a text or jsonl file, or a Hub dataset.")
     ] = "builtin:heldout",
@@ -184,8 +184,8 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Perplexity, and against a base model KL divergence, top-1 agreement and what is certain of them; accuracy on tasks; of a head
-    its accuracy on labelled text.  Several models make one table and one plot.  A killed run goes on where it stopped."""
+    """Perplexity, and against a base model KL divergence, top-1 agreement and what is certain of them; accuracy on tasks; of a
+    head its accuracy on labelled text.  Several models make one table and one plot.  A killed run goes on where it stopped."""
     with clear_errors():
         from lplr.hf.classifier import is_head
 
