@@ -32,7 +32,7 @@ from lplr.ship.unpacked import Backbone, Unpacked
 from lplr.stream.shards import write_text_atomic
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from lplr.hf.load import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT = "export.json"
 WINDOWS, WINDOW = 2, 256  # of the text on which the loss is measured
