@@ -113,6 +113,8 @@ def compress(
         from lplr.stream.compress import compress as run
 
         folder = output or _default_folder(chosen)
+        if private and not push_to_hub:
+            raise RecipeError("--private tells how to publish: name the repository with --push-to-hub OWNER/NAME")
         if push_to_hub:
             from lplr.hf.push import create
 
