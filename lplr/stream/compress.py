@@ -38,7 +38,7 @@ from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoin
 from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
-from lplr.stream.matrix import UNREACHED, Made, Seen, compress_matrix, seeded
+from lplr.stream.matrix import Made, Seen, compress_matrix, seeded
 from lplr.stream.moments import Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind
 from lplr.stream.shards import Layout, shard_name, write_shard
@@ -241,10 +241,9 @@ class _Run:
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
 
-        def one(p: LayerPlan, H: Tensor | None = None, step: Tensor | None = None) -> Factorization | None:
+        def one(p: LayerPlan, H: Tensor | None = None, step: Tensor | None = None, note: str = "") -> Factorization | None:
             nonlocal done
             meter.tell(meter.done + done, meter.total, p.name)
-            note = UNREACHED if H is None and self.tokens is not None and p.format else ""
             seen = Seen(H, moments.pop(p.name, None), step, note)
             made[p.name] = compress_matrix(self.recipe, p, self.read(f"{p.name}.weight"), seen, self.device)
             done += _weights([p])
@@ -270,7 +269,7 @@ class _Run:
         inputs: Activations,
         originals: Activations | None,
         kwargs: Mapping[str, Any],
-        one: Callable[[LayerPlan, Tensor | None, Tensor | None], Factorization | None],
+        one: Callable[[LayerPlan, Tensor | None, Tensor | None, str], Factorization | None],
     ) -> None:
         """Hand each matrix of a block to `one` with its second moments, collected behind all matrices that come before it, and
         the step that makes up for what these did to its inputs.
@@ -283,7 +282,7 @@ class _Run:
                 these = {name: layers[name] for name in names}
                 moments = collect(block, these, inputs, kwargs, self.device, original, last=names is groups[-1])
                 for name in names:
-                    f = one(chosen[name], *moments.of(name))
+                    f = one(chosen[name], *moments.of(name), moments.note(name))
                     assert f is not None  # a chosen matrix is compressed
                     W = f.dequantize()
                     layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)
