@@ -97,6 +97,9 @@ def compress(
     device: Annotated[str | None, _setting("--device", "Where to compute: cpu or cuda.")] = None,
     dry_run: Annotated[bool, _run_option("--dry-run", text="Print size, bits, memory, time and ranks; do nothing.")] = False,
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
+    ] = False,
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
@@ -112,7 +115,7 @@ def compress(
 
         folder = output or _default_folder(chosen)
         with progress_bar("compress") as step:
-            rows = run(chosen, folder, resume=not no_resume, notify=notice, progress=step)
+            rows = run(chosen, folder, resume=not no_resume, allow_pickle=allow_pickle, notify=notice, progress=step)
         tables.summary(folder, rows)
 
 

@@ -3,9 +3,10 @@
     python eval/scale/out_of_core.py [--gigabytes 20] [--hidden 4096] [--inner 11008] [--bits 4] [--method naive] [--folder DIR]
 
 The checkpoint (a Llama of as many blocks as the size asks for, bfloat16, one shard a block) is made on the fly from a seed.
-Each of the two runs is a process of its own, whose peak of resident memory the system tells.  The one in memory holds the weights of
-`--sample` blocks and calls `stream.matrix.compress_matrix` on each: its weights a second are the yardstick.  The pages that the
-system keeps of the files are dropped beforehand where it lets us.  The result goes to eval/results/out_of_core.json.
+Each of the two runs is a process of its own, whose peak of resident memory the system tells.  The one in memory holds the
+weights of `--sample` blocks and calls `stream.matrix.compress_matrix` on each: its weights a second are the yardstick.  The
+pages that the system keeps of the files are dropped beforehand where it lets us.  The result goes to
+eval/results/out_of_core.json.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python eval/scale/soak.py [--runs 200] [--warm 10]
 
-Resident memory, open files and threads are read after every run; the first `--warm` runs fill caches.  Memory counts as flat when the
-mean of the last third of the runs is within MIB of that of the third behind the warm ones.  The result goes to
+Resident memory, open files and threads are read after every run; the first `--warm` runs fill caches.  Memory counts as flat
+when the mean of the last third of the runs is within MIB of that of the third behind the warm ones.  The result goes to
 eval/results/soak.json.
 """
 

@@ -54,15 +54,21 @@ def compress(
     output_dir: Path | str,
     *,
     resume: bool = True,
+    allow_pickle: bool = False,
     notify: Notify | None = None,
     progress: Progress | None = None,
 ) -> list[LayerRecord]:
     """Run a recipe into a folder and return the record of every layer; a finished folder is left as it is.
 
+    allow_pickle: a folder of pickled weights is read too, by torch's restricted unpickler.
+
     Raises RecipeError, CheckpointError, HubError, DatasetError or OutputError before anything is lost: what was
     finished stays, and the same call goes on with it.
     """
-    run = _Run.open(recipe, Path(output_dir), resume=resume, notify=notify or (lambda _: None))
+    say = notify or (lambda _: None)
+    if allow_pickle:
+        say("pickled weights are allowed: a pickle can run code when read, and only torch's restricted unpickler stands before it")
+    run = _Run.open(recipe, Path(output_dir), resume=resume, allow_pickle=allow_pickle, notify=say)
     with run.ledger as ledger:
         if ledger.done is None:
             meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
@@ -116,11 +122,11 @@ class _Run:
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
-    def open(cls, recipe: Recipe, folder: Path, *, resume: bool, notify: Notify) -> _Run:
+    def open(cls, recipe: Recipe, folder: Path, *, resume: bool, allow_pickle: bool, notify: Notify) -> _Run:
         """Everything that can fail early: device, output folder, source, plan, text, tokenizer."""
         device = usable_device(recipe.device)
         check_folder(folder, resume=resume)
-        checkpoint = open_checkpoint(recipe.model, recipe.revision, notify)
+        checkpoint = open_checkpoint(recipe.model, recipe.revision, notify, allow_pickle=allow_pickle)
         plans = plan_layers(checkpoint, recipe)
         for pattern in unmatched_rules(recipe, plans):
             notify(f"the rule {pattern!r} fits no matrix: patterns are for whole names such as {plans[0].name}")
