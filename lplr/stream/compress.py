@@ -67,7 +67,7 @@ def compress(
     """
     say = notify or (lambda _: None)
     if allow_pickle:
-        say("pickled weights are allowed: a pickle can run code when read, and only torch's restricted unpickler stands before it")
+        say("pickled weights are allowed: a pickle can run code when read; only torch's restricted unpickler stands before it")
     run = _Run.open(recipe, Path(output_dir), resume=resume, allow_pickle=allow_pickle, notify=say)
     with run.ledger as ledger:
         if ledger.done is None:
