@@ -99,6 +99,9 @@ def compress(
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
     push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
     private: Annotated[bool, _run_option("--private", text="Let only you see what is published.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
+    ] = False,
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
@@ -120,7 +123,7 @@ def compress(
 
             create(push_to_hub, private=private)
         with progress_bar("compress") as step:
-            rows = run(chosen, folder, resume=not no_resume, notify=notice, progress=step)
+            rows = run(chosen, folder, resume=not no_resume, allow_pickle=allow_pickle, notify=notice, progress=step)
         tables.summary(folder, rows)
         if push_to_hub:
             _push(folder, push_to_hub, private, None)
