@@ -202,7 +202,7 @@ def evaluate(
                 measured = evaluate_head(folders[0], dataset, device=device, progress=step)
             tables.facts(Path(folders[0]).name, rows_of(measured))
             return
-        from lplr.evaluate.result import as_table
+        from lplr.evaluate.result import as_table, to_json
         from lplr.evaluate.run import Wanted, evaluate_folders
 
         names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
@@ -216,7 +216,7 @@ def evaluate(
         if output is not None or len(results) > 1:
             from lplr.report.comparison import write_comparison
 
-            written = write_comparison(output or Path("lplr-eval"), [r.model_dump(mode="json") for r in results])
+            written = write_comparison(output or Path("lplr-eval"), [to_json(r) for r in results])
             out.print(f"wrote {' and '.join(escape(str(path)) for path in written)}", soft_wrap=True)
 
 

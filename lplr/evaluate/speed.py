@@ -2,7 +2,7 @@
 
     reading     tokens a second of one forward pass over a prompt
     writing     tokens a second of greedy decoding after it, one sequence, one token a pass, with a cache of keys and values
-    memory      the most that the process held: resident memory on the CPU, the allocator's peak on a GPU
+    memory      the most that the process held: resident memory on the CPU, the allocator's peak on a GPU; and that before loading
 
 The model is loaded in the type that its folder names.  The best of two rounds after one that is not counted: the first compiles.
 """
@@ -36,6 +36,7 @@ class Speed(BaseModel):
     reading: float
     writing: float
     peak_memory: int
+    idle_memory: int  # held before the model was loaded: the libraries
     load_seconds: float
     dtype: str
     device: str
@@ -46,7 +47,7 @@ class Speed(BaseModel):
         facts = f"{self.dtype}, {self.device}, {self.threads} threads"
         return [
             ("alone", f"{self.writing:,.1f} tokens a second written, {self.reading:,.1f} read ({facts})"),
-            ("peak memory, alone", f"{self.peak_memory:,} bytes"),
+            ("peak memory, alone", f"{self.peak_memory:,} bytes, {self.idle_memory:,} before loading"),
         ]
 
 
@@ -64,7 +65,7 @@ def measure_alone(path: Path, *, device: str = "cpu") -> Speed:
 
 def measure(path: Path, device: str) -> Speed:
     """Load, read and write in this process, whose peak memory counts everything since its start."""
-    started = time.perf_counter()
+    idle, started = _peak(device), time.perf_counter()
     model = load_model(path, dtype="auto")  # type: ignore[arg-type]
     nn.Module.to(model, device)
     loaded = time.perf_counter() - started
@@ -77,6 +78,7 @@ def measure(path: Path, device: str) -> Speed:
         reading=PROMPT / min(read for read, _ in rounds),
         writing=WRITTEN / min(write for _, write in rounds),
         peak_memory=_peak(device),
+        idle_memory=idle,
         load_seconds=loaded,
         dtype=str(model.dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
@@ -106,6 +108,10 @@ def _now(tensor: Tensor) -> float:
 def _peak(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():  # the resource module's figure would count what the parent held when this process was started
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
     try:
         import resource
     except ImportError:  # not a Unix

@@ -16,12 +16,13 @@ from lplr.report.plots import plain_ticks
 JSON, PLOT = "comparison.json", "comparison.svg"
 
 
-def write_comparison(folder: Path, evaluations: Sequence[dict[str, Any]]) -> list[Path]:
+def write_comparison(folder: Path, texts: Sequence[str]) -> list[Path]:
     """Write comparison.json and, of the evaluations that have bits and a finite perplexity, comparison.svg; return their paths.
 
-    evaluations: JSON objects of `lplr eval`.  Raises OutputError when the folder cannot be written.
+    texts: what `lplr eval` wrote of each model, JSON.  Raises OutputError when the folder cannot be written.
     """
-    contents = {JSON: json.dumps({"models": list(evaluations)}, indent=1, allow_nan=False) + "\n"}
+    evaluations = [json.loads(text) for text in texts]
+    contents = {JSON: json.dumps({"models": evaluations}, indent=1, allow_nan=False) + "\n"}
     plot = draw(evaluations)
     if plot is not None:
         contents[PLOT] = plot
