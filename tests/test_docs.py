@@ -26,6 +26,7 @@ from lplr import cli
 from lplr.evaluate.result import EvalResult
 from lplr.factor import factorize
 from lplr.factor.factorization import _PARTS, Format
+from lplr.kernels.levels import WIDTHS, levels, narrower, packed_shape
 from lplr.recipe import METHOD_NAMES, FactorSpec, Recipe, Rule, make_recipe
 from lplr.records import LayerRecord
 from lplr.ship.export import Exported
@@ -179,6 +180,25 @@ def test_every_method_is_in_the_table_of_the_readme():
     assert all(f"`{name}`" in said for name in METHOD_NAMES)
 
 
+@cache
+def reader() -> dict[str, Any]:
+    """The functions and tables of the reader."""
+    names: dict[str, Any] = {}
+    exec(fences(ROOT / "docs/format.md", "python")[0], names)
+    return names
+
+
+@pytest.mark.parametrize(("grid", "bits"), [(grid, bits) for grid in ("uniform", "trellis") for bits in WIDTHS[grid]])
+def test_the_reader_has_the_points_of_every_width(grid: str, bits: float):
+    n, d = 37, 5
+    codes = torch.randint(256, packed_shape((n, d), grid, bits), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = reader()["points"](codes.numpy(), grid, bits, n, d)
+    np.testing.assert_array_equal(found, levels(codes, (n, d), grid, bits, torch.float64).numpy())
+    lower, ratio = narrower(grid, bits)
+    if lower:
+        assert ratio == (reader()["UNIFORM"][int(bits)] if grid == "uniform" else 1)
+
+
 @pytest.mark.parametrize(
     ("method", "bits", "shape"),
     [
@@ -196,8 +216,6 @@ def test_every_method_is_in_the_table_of_the_readme():
     ],
 )
 def test_the_reader_of_the_page_reads_what_lplr_writes(method: str, bits: float, shape: tuple[int, int], tmp_path: Path):
-    reader: dict[str, Any] = {}
-    exec(fences(ROOT / "docs/format.md", "python")[0], reader)
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(shape, generator=generator)
     rank = 4 if method == "caldera" else None
@@ -209,7 +227,7 @@ def test_the_reader_of_the_page_reads_what_lplr_writes(method: str, bits: float,
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"layers": layers}}))
     W_hat = f.dequantize(torch.float64).numpy()
     # both in float64: rotations and products of some dozen terms round differently
-    np.testing.assert_allclose(reader["matrix"](tmp_path, "model.layer"), W_hat, rtol=0, atol=1e-13 * np.abs(W_hat).max())
+    np.testing.assert_allclose(reader()["matrix"](tmp_path, "model.layer"), W_hat, rtol=0, atol=1e-13 * np.abs(W_hat).max())
 
 
 PUBLIC = [name for name in lplr.__all__ if name != "__version__"]
