@@ -101,6 +101,9 @@ def compress(
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
     push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
     private: Annotated[bool, _run_option("--private", text="Keep a repository that --push-to-hub makes now private.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
+    ] = False,
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
@@ -115,12 +118,14 @@ def compress(
         from lplr.stream.compress import compress as run
 
         folder = output or _default_folder(chosen)
+        if private and not push_to_hub:
+            raise RecipeError("--private tells how to publish: name the repository with --push-to-hub OWNER/NAME")
         if push_to_hub:
             from lplr.hf.push import create
 
             create(push_to_hub, private=private)
         with progress_bar("compress") as step:
-            rows = run(chosen, folder, resume=not no_resume, notify=notice, progress=step)
+            rows = run(chosen, folder, resume=not no_resume, allow_pickle=allow_pickle, notify=notice, progress=step)
         tables.summary(folder, rows)
         if push_to_hub:
             _push(folder, push_to_hub, private, None)
@@ -161,7 +166,7 @@ def _dry_run(recipe: Recipe) -> None:
 
 @app.command("eval")
 def evaluate(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR", help="Compressed folders, or any models.", show_default=False)],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR", help="Compressed folders, or any models.")],
     dataset: Annotated[
         str, typer.Option(help="Text: builtin:heldout, a text or jsonl file, or a Hub dataset.")
     ] = "builtin:heldout",

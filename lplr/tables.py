@@ -139,7 +139,8 @@ def comparison(results: list[EvalResult]) -> None:
 
     first = results[0]
     title = f"{first.dataset}: {first.windows} windows of {first.seqlen:,} tokens, no BOS"
-    table = Table("model", "bits per weight", "bytes", "perplexity", "ratio", "KL", "top-1", "certified KL, ratio", title=escape(title))
+    columns = ("model", "bits per weight", "bytes", "perplexity", "ratio", "KL", "top-1", "certified KL, ratio")
+    table = Table(*columns, title=escape(title))
     if first.base is not None and first.base_perplexity is not None:
         b = first.base
         cells = with_error(first.base_perplexity, first.base_nll_se), "1", "0", "100 %", ""

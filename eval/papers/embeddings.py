@@ -1,11 +1,12 @@
-"""LPLR on embeddings (NeurIPS 2023, section 4): 3-nearest-neighbour classification of compressed rows; B = B' = 8, B_nq = 1, 2, 4.
+"""LPLR on embeddings (NeurIPS 2023, section 4): 3-NN classification of compressed rows; B = B' = 8, B_nq = 1, 2, 4.
 
-    python eval/papers/embeddings.py --data FOLDER --embedder FOLDER [--sets imdb agnews mnist] [--cache FOLDER] [--smoke] [--output FILE]
+    python eval/papers/embeddings.py --data FOLDER --embedder FOLDER
+        [--sets imdb agnews mnist] [--cache FOLDER] [--smoke] [--output FILE]
 
 imdb and agnews: mean-pooled states of a sentence encoder (all-MiniLM-L6-v2 here; the paper has BERT), at most 128 tokens, 2,000
-training texts and at most 2,000 test texts; mnist: pixels of the first 8,000 and the last 2,000 test images.  Training and test rows
-together are one matrix, which is compressed as it is.  The authors' scripts for CIFAR compress the training rows of each class
-by themselves, which writes the labels into the bases; that is not done here.
+training texts and at most 2,000 test texts; mnist: pixels of the first 8,000 and the last 2,000 test images.  Training and test
+rows together are one matrix, which is compressed as it is.  The authors' scripts for CIFAR compress the training rows of each
+class by themselves, which writes the labels into the bases; that is not done here.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.embedder is None and set(args.sets) != {"mnist"}:
         parser.error("--embedder is needed for texts")
+    header = {"b": WIDTH, "b_prime": WIDTH, "neighbours": NEIGHBOURS, "methods": [*PUBLISHED, *OURS], "paper": {"imdb": PAPER}}
     sets: dict[str, Any] = {}
     for name in args.sets:
         X, y, test, yt = rows_of(name, args)
@@ -76,11 +78,10 @@ def main() -> None:
             told = ", ".join(f"{m} {f['accuracy']:.3f} ({f['error']:.3f})" for m, f in found["bits"][bits].items())
             print(f"  {bits} bit: accuracy (error): {told}", flush=True)
         sets[name] = found
+        write(args.output, {**header, "sets": sets})
     print("paper, IMDb with BERT, accuracy in % (error) at 1, 2, 4 bits; 75 uncompressed:")
     for method, figures in PAPER.items():
         print(f"  {method}: " + ", ".join(f"{a} ({e})" for a, e in zip(figures["accuracy"], figures["error"], strict=True)))
-    header = {"b": WIDTH, "b_prime": WIDTH, "neighbours": NEIGHBOURS, "methods": [*PUBLISHED, *OURS], "paper": {"imdb": PAPER}}
-    write(args.output, {**header, "sets": sets})
 
 
 if __name__ == "__main__":

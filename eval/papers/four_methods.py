@@ -10,7 +10,8 @@ m = floor(B_nq n d / (n B + d B')), at which the codes of L R take no more bits 
 published (`fitted`), alpha L R + beta is taken in place of L R.  Stored bits count the codes and the scalars, 32 bits each.
 Source: Saha, Srivastava, Pilanci, NeurIPS 2023, Algorithm 1 and section 4; rank and quantizer as its authors' code has them.
 
-    ours       `factorize(method="lplr")` of this package, every bit counted, scales too, within B_nq bits an entry
+    ours       `factorize(method="lplr")` of this package, widths and rank by its defaults, within B_nq bits, every bit counted
+    ours B B'  the same with the published widths, and the largest rank within the same bits
     ours auto  `factorize(method="auto")` within the same bits
 """
 
@@ -27,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lplr import FactorSpec, factorize
+from lplr import FactorSpec, QuantSpec, factorize
 
 RESULTS = Path(__file__).parents[1] / "results"
 PUBLISHED = ("lplr", "lsvd", "dsvd", "naive")
-OURS = {"ours": "lplr", "ours auto": "auto"}
+OURS = {"ours": "lplr", "ours B B'": "lplr", "ours auto": "auto"}
 SCALAR = 32
 
 
@@ -69,9 +70,10 @@ def published(A: Tensor, method: str, bits: int, l_bits: int, r_bits: int, *, fi
     return made, (m * (n * l_bits + d * r_bits) + SCALAR * (4 + 2 * fitted)) / A.numel()
 
 
-def ours(A: Tensor, name: str, bits: float, seed: int) -> tuple[Tensor, float]:
-    """The same of this package's own method."""
-    spec = FactorSpec(method=OURS[name], bits_per_weight=bits, power_iterations=2, alternations=4)
+def ours(A: Tensor, name: str, bits: float, widths: tuple[int, int], seed: int) -> tuple[Tensor, float]:
+    """The same of this package's own methods."""
+    l, r = (QuantSpec(bits=width) if name == "ours B B'" else None for width in widths)
+    spec = FactorSpec(method=OURS[name], bits_per_weight=bits, l=l, r=r, power_iterations=2, alternations=4)
     f = factorize(A.float(), spec, generator=torch.Generator().manual_seed(seed))
     return f.dequantize(torch.float64), f.format.bits_per_weight
 
@@ -81,13 +83,15 @@ def error(A: Tensor, made: Tensor) -> float:
     return float((A - made).norm() / A.norm())
 
 
-def compare(A: Tensor, bits: int, l_bits: int, r_bits: int, *, fitted: bool = False, seed: int = 0) -> dict[str, tuple[Tensor, dict]]:
+def compare(
+    A: Tensor, bits: int, l_bits: int, r_bits: int, *, fitted: bool = False, seed: int = 0
+) -> dict[str, tuple[Tensor, dict]]:
     """Method -> what it makes of A (float64), and its error, bits, seconds."""
     found = {}
     for method in (*PUBLISHED, *OURS):
         started = time.perf_counter()
         if method in OURS:
-            made, stored = ours(A, method, bits, seed)
+            made, stored = ours(A, method, bits, (l_bits, r_bits), seed)
         else:
             made, stored = published(A, method, bits, l_bits, r_bits, fitted=fitted, seed=seed)
         facts = {"error": error(A, made), "bits": stored, "seconds": round(time.perf_counter() - started, 3)}

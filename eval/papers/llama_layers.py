@@ -1,4 +1,4 @@
-"""LPLR on the matrices of a language model (NeurIPS 2023, section 4): relative Frobenius errors at B_nq = 1, 2, 4 bits; B = B' = 8.
+"""LPLR on the matrices of a language model (NeurIPS 2023, section 4): relative Frobenius errors at B_nq = 1, 2, 4; B = B' = 8.
 
     python eval/papers/llama_layers.py --model FOLDER [--blocks 0 10 20] [--smoke] [--output FILE]
 

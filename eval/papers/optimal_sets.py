@@ -207,7 +207,7 @@ def tables_of(X: np.ndarray, y: np.ndarray, seed: int, activation: str, gates: i
     outputs = {what: (every.blocks.fits(p)[:, 0], torch.zeros(len(p.Y)), p.Y[:, 0]) for what, p in names.items()}
     exact = {"gap": tight.relative_gap, "blocks": len(every.blocks), "dimension": every.polytope.dimension}
     exact |= {"same_network": every.same_network} | elements(every.polytope, outputs)
-    loose = solve(problem, penalty, tol=1e-3, method="fista" if activation == "gated" else "auto")
+    loose = solve(problem, penalty, tol=1e-3)
     sides = loose.U[..., 0] if activation == "relu" else loose.U[None, ..., 0]  # (1 or 2, P, d)
     at = sides.any(-1).nonzero()
     neurons = (sides[at[:, 0], at[:, 1]] * (1.0 - 2 * at[:, 0, None])).T  # (d, K)

@@ -10,9 +10,9 @@ At each step of the file layer (`lplr.files.observed`) of one run the output fol
     raised    an exception at this step, in the process, with the clean-up that it brings
     full      ENOSPC at this step
 
-and a run with the same recipe goes on from it.  `--kills` more runs are ended by a true SIGKILL of a forked process.  Counted: states,
-runs that ended with other bytes, finished blocks that were made again, states that a loader takes but that are not the finished
-model, and refusals.  The result goes to eval/results/crash.json.
+and a run with the same recipe goes on from it.  `--kills` more runs are ended by a true SIGKILL of a forked process.  Counted:
+states, runs that ended with other bytes, finished blocks that were made again, states that a loader takes but that are not the
+finished model, and refusals.  The result goes to eval/results/crash.json.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python eval/scale/flips.py [--flips 10000] [--seed 0] [--folder DIR]
 
-Bits are drawn evenly over the files, and within a file over its bits, so that small ones (config.json, run.jsonl) are hit as often
-as the shards.  Without --folder a pico model is compressed for it.  The result goes to eval/results/flips.json.
+Bits are drawn evenly over the files, and within a file over its bits, so that small ones (config.json, run.jsonl) are hit as
+often as the shards.  Without --folder a pico model is compressed for it.  The result goes to eval/results/flips.json.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ from lplr.stream.source import SafetensorsSource  # noqa: E402
 
 LIMIT = 10.0  # seconds of one case
 EDGES = [0, 1, -1, 2, 7, 8, 31, 32, 127, 128, 255, 256, 65535, 1 << 31, (1 << 31) - 1, 1 << 32, (1 << 63) - 1, 1 << 63, 1 << 64]
-WORDS = [b"null", b"true", b"NaN", b"1e999", b"-0", b"1.5", b"[]", b"{}", b'""', b'"\\u0000"', b"9" * 5000, b'"../x"', b"&a", b"*a"]
-WORDS += [b"<<: *a", b"!!python/object:os.system", b"[" * 3000, b'{"a":' * 3000, b"\0", b"\n", b"\xff\xfe", b"'", b"2001-99-99"]
+WORDS = [b"null", b"true", b"NaN", b"1e999", b"-0", b"1.5", b"[]", b"{}", b'""', b'"\\u0000"', b"9" * 5000, b'"../x"', b"&a"]
+WORDS += [b"*a", b"<<: *a", b"!!python/object:os.x", b"[" * 3000, b'{"a":' * 3000, b"\0", b"\n", b"\xff\xfe", b"'", b"2001-99-99"]
 
 
 class Late(BaseException):
@@ -289,7 +289,8 @@ def main() -> None:
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
     args = parser.parse_args()
     started = time.perf_counter()
-    result: dict[str, Any] = {"command": " ".join(["python", "eval/scale/fuzz.py", *sys.argv[1:]]), "seed": args.seed, "readers": {}}
+    command = " ".join(["python", "eval/scale/fuzz.py", *sys.argv[1:]])
+    result: dict[str, Any] = {"command": command, "seed": args.seed, "readers": {}}
     with tempfile.TemporaryDirectory() as scratch:
         if args.case is not None:
             read, make = READERS[args.readers[0]]

@@ -25,7 +25,7 @@ from lplr.hf.labelled import Labelled, read_labelled
 EXPLANATION = "explain.json"
 EXAMPLES = 3  # texts deepest on each side
 LONGEST = 300  # characters of a text
-POINTS = 1000  # samples in a picture
+POINTS = 500  # samples in a picture
 Step = Callable[[float, float, str], None]
 
 

@@ -79,6 +79,8 @@ def solve_lasso(
     """
     if lasso.count < 1:
         raise RecipeError("the dictionary is empty: give features")
+    if not 0 < tol < 1 or max_iter < 1:
+        raise RecipeError(f"tol is {tol}, max_iter {max_iter}: give a relative gap between 0 and 1, and 1 or more working sets")
     if warm is not None and warm.U.shape != (lasso.count, 1, lasso.Y.shape[1]):
         raise RecipeError(f"warm has weights {tuple(warm.U.shape)}, the dictionary {lasso.count} columns: start from none")
     lasso, penalty = replace(lasso, Y=lasso.Y.double()), Penalty(lam)
@@ -88,10 +90,10 @@ def solve_lasso(
         at = int((~torch.isfinite(sizes)).nonzero()[0])
         raise RecipeError(f"Y or column {at} of the dictionary holds NaN or Inf: drop these samples or features")
     U = torch.zeros(lasso.count, 1, lasso.Y.shape[1], dtype=torch.float64) if warm is None else warm.U.double()
-    chosen = sizes >= sizes.topk(min(FIRST, lasso.count)).values[-1]
     if warm is not None:
-        chosen = (U != 0).flatten(1).any(1) | (lasso.adjoint(warm.theta.double()).norm(dim=1) >= NEAR * lam)
-        chosen[sizes.argmax()] = True
+        sizes = lasso.adjoint(warm.theta.double()).norm(dim=1)
+    chosen = (U != 0).flatten(1).any(1)
+    chosen[sizes.topk(min(FIRST, lasso.count)).indices] = True
     run = Run(lasso.part(torch.zeros(1, dtype=torch.long)), penalty, tol, max_iter, callback)
     within = max(tol / 2, 1e-3)
     while not run.over:

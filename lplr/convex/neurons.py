@@ -167,4 +167,6 @@ def _likeness(coordinates: Tensor, chosen: Tensor, shift: Tensor | float) -> tup
         return 0.0, 0.0
     side = 0 if found.gates.vectors[0, 0] > 0 else 1
     scores = coordinates @ found.gates.vectors[:, side] + found.gates.offsets[side] + shift
+    if scores.std(correction=0) <= RANK * scores.abs().max():
+        return 0.0, 0.0
     return ((scores > 0) == (t > 0)).double().mean().item(), torch.corrcoef(torch.stack([scores, t]))[0, 1].item()

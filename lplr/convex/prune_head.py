@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lplr
 from lplr.convex.gates import Gates
 from lplr.convex.heads import FACTS, HeadFit, estimators_module, features_of, fit_features, held_apart, write
 from lplr.convex.network import GatedNetwork, Network, load
@@ -26,7 +27,9 @@ from lplr.convex.prune import Sized, contributions, least_squares, smallest
 from lplr.errors import CheckpointError, DatasetError, OutputError
 from lplr.hf.classifier import WEIGHTS, HeadConfig, backbone_of, is_head
 from lplr.hf.labelled import read_labelled
+from lplr.stream.shards import write_text_atomic
 
+PRUNED = "prune.json"  # in the new head's folder; `report.curves` makes a page of it
 SIZES = 10  # in the row, equal factors apart
 Step = Callable[[float, float, str], None]
 
@@ -98,14 +101,14 @@ def prune_head(
     chosen = smallest([Sized(row.gates, network, row.nll, row.error) for row in found]).count if gates is None else found[0].gates
     module, facts = fit_features(X, y, Xt, yt, settings, lam, step, gates=_gates(network, orders[chosen]))
     facts |= {"seconds_features": seen - started, "seconds_fit": time.perf_counter() - seen}
-    kept = {name: old[name] for name in ("classes", "settings", "lplr")}
+    kept = {name: old[name] for name in ("classes", "settings")}
     made = HeadFit(
         folder=str(target), dataset=data.name, dataset_sha256=data.sha256, samples=len(y), held_out_samples=len(yt),
-        held_out=rest.name if rest is not None else old["held_out"], **kept, **facts,
+        held_out=rest.name if rest is not None else old["held_out"], lplr=lplr.__version__, **kept, **facts,
     )  # fmt: skip
     write(target, folder, module, made)
     result = HeadPruned(made, network.shape[0], chosen, found)
-    (target / "prune.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+    write_text_atomic(target / PRUNED, json.dumps(asdict(result), indent=1) + "\n")
     return result
 
 

@@ -37,28 +37,45 @@ def uniform(n: int, size: int, count: int, generator: torch.Generator) -> Tensor
 def local(X: Tensor, size: int, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor:
     """count subsets (count, size): a sample, and others among its WIDE times as many nearest neighbours.
 
-    labels (n,): half of the others are of other classes, as far as there are some: hyperplanes where the classes meet.
+    labels (n,): half of the others are of other classes, or as many as there are; hyperplanes where the classes meet.
     """
     n = len(X)
     _enough(n, size)
-    if not size:
-        return torch.zeros(count, 0, dtype=torch.long)
-    X, centres = X.double(), torch.randint(n, (count,), generator=generator)
-    squares, parts = X.square().sum(1), []
-    for rows in centres.split(max(1, ENTRIES // n)):
-        distances = squares[rows, None] - 2 * X[rows] @ X.T + squares
-        distances[torch.arange(len(rows)), rows] = torch.inf
-        noise = torch.rand(len(rows), n, generator=generator)
-        if labels is None:
-            chosen = _near(distances, noise, size - 1)
-        else:
-            strange = labels[rows, None] != labels
-            few = min((size - 1) // 2, int(strange.sum(1).min()) if len(rows) else 0)
-            others = _near(torch.where(strange, distances, torch.inf), noise, few)
-            distances.scatter_(1, others, torch.inf)
-            chosen = torch.cat([others, _near(torch.where(strange, distances + 1e300, distances), noise, size - 1 - few)], 1)
-        parts.append(torch.cat([rows[:, None], chosen], 1))
-    return torch.cat(parts) if parts else torch.zeros(0, size, dtype=torch.long)
+    if not size or not count:
+        return torch.zeros(count, size, dtype=torch.long)
+    centres, of = torch.randint(n, (count,), generator=generator).unique(return_inverse=True)
+    kinds = [(size - 1, None)] if labels is None else _shares(labels, centres, size - 1)
+    X = X.double()
+    pools = [[_neighbours(X, rows, few, kind) for rows in centres.split(max(1, ENTRIES // n))] for few, kind in kinds]
+    chosen = [centres[of, None]]
+    for (few, _), parts in zip(kinds, pools, strict=True):
+        pool = torch.cat(parts)
+        places = torch.rand(count, pool.shape[1], generator=generator).topk(few, dim=1).indices
+        chosen.append(pool[of].gather(1, places))
+    return torch.cat(chosen, 1)
+
+
+def _shares(labels: Tensor, centres: Tensor, others: int) -> list[tuple[int, Tensor | None]]:
+    """How many neighbours of other classes, and of the same; all alike where the classes are too small for either."""
+    strange = labels[:, None] != labels  # (n, n)
+    same = ~strange
+    same.fill_diagonal_(False)
+    few = max(others // 2, others - int(same[centres].sum(1).min()))
+    if few > int(strange[centres].sum(1).min()):
+        return [(others, None)]
+    return [(few, strange), (others - few, same)]
+
+
+def _neighbours(X: Tensor, rows: Tensor, few: int, kind: Tensor | None) -> Tensor:
+    """The nearest samples (rows, at most WIDE few) of rows of X, none itself; kind (n, n): those that count."""
+    squares = X.square().sum(1)
+    distances = squares[rows, None] - 2 * X[rows] @ X.T + squares
+    distances[torch.arange(len(rows)), rows] = torch.inf
+    most = len(X) - 1
+    if kind is not None:
+        distances = torch.where(kind[rows], distances, torch.inf)
+        most = int(kind.sum(1).min())
+    return distances.topk(max(few, min(WIDE * few, most)), dim=1, largest=False).indices
 
 
 def nearest(X: Tensor, gates: Gates, size: int) -> Tensor:
@@ -66,13 +83,6 @@ def nearest(X: Tensor, gates: Gates, size: int) -> Tensor:
     _enough(len(X), size)
     scores = (X.double() @ gates.vectors.double() + gates.offsets.double()).abs()
     return scores.T.topk(size, dim=1, largest=False).indices
-
-
-def _near(distances: Tensor, noise: Tensor, size: int) -> Tensor:
-    """size columns (rows, size) at random among the WIDE size nearest."""
-    pool = distances.topk(min(WIDE * size, distances.shape[1]), dim=1, largest=False)
-    weights = torch.where(pool.values < torch.inf, noise.gather(1, pool.indices), -1.0)
-    return pool.indices.gather(1, weights.topk(size, dim=1).indices)
 
 
 def _enough(n: int, size: int) -> None:

@@ -120,6 +120,8 @@ def dictionary(X: Tensor, *, p: float = 2.0, bias: bool = True) -> Wedges:
     """
     X, basis, faces = X.double(), None, _faces(X.shape[1], p)
     d = X.shape[1]
+    if not torch.isfinite(X).all():
+        raise RecipeError("X holds NaN or Inf: impute or drop these rows or columns")
     if p == 2:
         inner = X - X.mean(0) if bias else X
         _, sizes, V = torch.linalg.svd(inner, full_matrices=False)
@@ -137,19 +139,23 @@ def through(X: Tensor, subsets: Tensor, *, p: float = 2.0, bias: bool = True, ba
 
     s = d with bias, d - 1 without; with a basis (d, k) the normals lie in its range, and k takes the place of d: a hyperplane
     through k samples, as x (B v) = (x B) v whatever B is.  Numbers from n on are directions of the ball's faces; with bias a
-    subset of these alone is skipped.  Raises RecipeError for subsets of another size.
+    subset of these alone is skipped.  Raises RecipeError for subsets of another size or other samples, and for NaN or Inf.
     """
     X = X.double()
+    if not torch.isfinite(X).all():
+        raise RecipeError("X holds NaN or Inf: impute or drop these rows or columns")
     n, d = X.shape
     points = X if basis is None else X @ basis.to(X)
     faces = _faces(d, p) if basis is None else X.new_zeros(0, points.shape[1])
     size = points.shape[1] - (not bias)
     if subsets.ndim != 2 or subsets.shape[1] != size:
         raise RecipeError(f"subsets are {tuple(subsets.shape)}, hyperplanes here go through {size} samples: give (N, {size})")
+    rows = torch.cat([points, faces.to(points)])
     subsets = subsets.sort(1).values
+    if subsets.numel() and not 0 <= int(subsets.min()) <= int(subsets.max()) < len(rows):
+        raise RecipeError(f"subsets name samples {int(subsets.min())} to {int(subsets.max())}: there are 0 to {len(rows) - 1}")
     if bias:
         subsets = subsets[subsets[:, 0] < n]
-    rows = torch.cat([points, faces.to(points)])
     parts = [_normals(rows, n, some, bias) for some in subsets.split(max(1, ENTRIES // points.shape[1] ** 2))]
     v = torch.cat([w for w, _ in parts]) if parts else rows.new_zeros(0, rows.shape[1])
     fine = torch.cat([ok for _, ok in parts]) if parts else torch.zeros(0, dtype=torch.bool)
@@ -202,7 +208,8 @@ def network(wedges: Wedges, solution: Solution) -> ReluNetwork:
 def principal(X: Tensor, k: int) -> Tensor:
     """The k leading principal directions (d, k) of X (n, d), orthonormal; fewer where the rank of X is."""
     _, sizes, V = torch.linalg.svd(X.double() - X.double().mean(0), full_matrices=False)
-    return V[: min(k, int((sizes > RANK * sizes[:1]).sum()))].T.contiguous()
+    rank = int((sizes > RANK * X.double().norm(dim=1).max()).sum())
+    return V[: min(k, rank)].T.contiguous()
 
 
 def sketched(d: int, k: int, generator: torch.Generator) -> Tensor:
@@ -210,14 +217,16 @@ def sketched(d: int, k: int, generator: torch.Generator) -> Tensor:
     return sketch(torch.eye(d, dtype=torch.float64), k, "sparse", generator)
 
 
-def draw_gates(X: Tensor, P: int, generator: torch.Generator, *, bias: bool = True, most: int = MOST) -> Gates:
-    """P hyperplanes, each through neighbouring samples of X (n, d); fewer where subsets are degenerate.
+def draw_gates(
+    X: Tensor, P: int, generator: torch.Generator, *, bias: bool = True, most: int = MOST, basis: Tensor | None = None
+) -> Gates:
+    """P hyperplanes, each through neighbouring samples of X (n, d); fewer where subsets are degenerate: gates for `Problem`s.
 
-    In the span of at most `most` principal directions, and no more than samples allow: gates for the solvers of Problems.
+    Normals lie in the range of a basis (d, k), e.g. `sketched`; without one, in the span of at most `most` principal directions.
     """
-    size = min(most, X.shape[1], len(X))
-    basis = principal(X, size) if size < X.shape[1] else None
-    size = size if basis is None else basis.shape[1]
+    if basis is None:
+        basis = principal(X, min(most, len(X)))
+    size = basis.shape[1]
     if not size:
         return Gates(X.new_zeros(X.shape[1], 0), X.new_zeros(0))
     found = through(X, local(X, size if bias else size - 1, P, generator), bias=bias, basis=basis)

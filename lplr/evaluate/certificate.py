@@ -1,4 +1,4 @@
-"""What measured windows prove about the text that they were drawn from: an upper bound of the expected loss of a compressed model.
+"""What measured windows prove about the text that they were drawn from: upper bounds of what a compressed model loses on it.
 
 For independent Z_1 .. Z_n in [0, b] with mean m and variance V = 1/(n-1) sum (Z_i - m)^2, with probability at least 1 - delta
 
@@ -12,7 +12,7 @@ bounds the mean.  So the bounds are for the model that is *smoothed*: with q the
 Then, p being the base, of a window with predictions t = 1 .. T
 
     Z = 1/T sum_t KL(p_t || q_e,t)                        in [0, ln(v / e)]:  -ln q_e <= ln(v / e), and the entropy of p is >= 0
-    Z = max(0, 1/T sum_t ln p_t(x_t) - ln q_e,t(x_t))     in [0, ln(v / e)];  its mean is at least the log of the ratio of perplexities
+    Z = max(0, 1/T sum_t ln p_t(x_t) - ln q_e,t(x_t))     in [0, ln(v / e)];  E Z >= log ratio of perplexities
     Z = 1/T sum_t [argmax p_t != argmax q_t]              in [0, 1], of the model as it is
 
 Each of the three bounds holds with 95 % confidence by itself.  Assumed: the windows are independent draws from the distribution

@@ -101,7 +101,10 @@ def _certified(found: Certificate | None) -> list[tuple[str, str]]:
         return []
     sure = f"at {100 * found.confidence:g} % confidence"
     return [
-        (f"certified {sure}", f"KL <= {found.kl_bound:.4g} nats, ratio <= {found.ratio_bound:.4g}, smoothed by {found.smoothing:g}"),
+        (
+            f"certified {sure}",
+            f"KL <= {found.kl_bound:.4g} nats, ratio <= {found.ratio_bound:.4g}, smoothed by {found.smoothing:g}",
+        ),
         ("", f"another first token in <= {100 * found.disagreement_bound:.1f} % of places"),
         ("where", f"{found.windows} windows are independent draws; more, shorter windows prove more"),
     ]

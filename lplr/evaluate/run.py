@@ -54,7 +54,7 @@ class Wanted:
 
 @dataclass
 class _Loaded:
-    """A model in memory; facts are None of one that was handed over without its folder, scores until it was tested on the tasks."""
+    """A model in memory; facts are None of one that came without its folder, scores until it was tested on the tasks."""
 
     model: nn.Module
     path: Path | None = None
@@ -139,7 +139,9 @@ class _Work:
             half = share / 2 if base is not None and base.scores is None else share
             theirs: dict[tuple[str, str], TaskScores] = {}
             if base is not None:
-                base.scores = base.scores or self._scores(base, one, lambda d, t, s: step(share + half * d / t, 1.0, f"base, {s}"))
+                base.scores = base.scores or self._scores(
+                    base, one, lambda d, t, s: step(share + half * d / t, 1.0, f"base, {s}")
+                )
                 theirs = {(s.task, s.metric): s for s in base.scores}
             one.scores = self._scores(one, one, lambda d, t, s: step(1 - half + half * d / t, 1.0, s))
             outcomes = tuple(compared(s, theirs.get((s.task, s.metric))) for s in one.scores)

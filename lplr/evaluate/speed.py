@@ -1,7 +1,7 @@
 """How fast a model reads and writes, and the memory it takes, measured alone in a process of its own.
 
     reading     tokens a second of one forward pass over a prompt
-    writing     tokens a second of greedy decoding after it, one sequence, one token a pass, with the model's cache of keys and values
+    writing     tokens a second of greedy decoding after it, one sequence, one token a pass, with a cache of keys and values
     memory      the most that the process held: resident memory on the CPU, the allocator's peak on a GPU
 
 The model is loaded in the type that its folder names.  The best of two rounds after one that is not counted: the first compiles.

@@ -1,10 +1,10 @@
 """Accuracy of a model on a task, and how far it is from that of the model it was made from, sample by sample.
 
-    standard error      sqrt(1/(n-1) sum (z_i - z)^2 / n), as lm-eval has it
-    difference          mean of z_i - b_i over the same samples, b the base
-    its 95 % interval   of right / wrong answers: Wald's after 1/2 is added to each of the four counts of (base, model) right and
-                        wrong (Agresti, Min, Statistics in Medicine 24, 2005), which holds its level for few samples too
-    changed             share of samples that only one of the two gets right: a difference of 0 may hide many
+standard error      sqrt(1/(n-1) sum (z_i - z)^2 / n), as lm-eval has it
+difference          mean of z_i - b_i over the same samples, b the base
+its 95 % interval   of right / wrong answers: Wald's after 1/2 is added to each of the four counts of (base, model) right and
+                    wrong (Agresti, Min, Statistics in Medicine 24, 2005), which holds its level for few samples too
+changed             share of samples that only one of the two gets right: a difference of 0 may hide many
 """
 
 from __future__ import annotations

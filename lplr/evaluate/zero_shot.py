@@ -1,6 +1,6 @@
 """Zero-shot tasks through lm-eval (EleutherAI): its definitions, its model wrapper HFLM, its metrics.  The one door to lm_eval.
 
-What is ours: where the samples come from (`task_data` or the Hub), answers that a killed run finds again, and the scores sample by
+What is ours: where samples come from (`task_data` or the Hub), answers that a killed run finds again, and scores of each
 sample.  lm-eval's defaults are left as they are: no examples before the question, no chat template, BOS as the tokenizer has it.
 """
 
@@ -60,7 +60,7 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> dict[str, An
                 with reading_hub(name, where):
                     loaded = manager.load(name)["tasks"]
                 source = "the Hub"
-            for key, task in loaded.items():
+            for task in loaded.values():
                 if task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)

@@ -98,7 +98,9 @@ def card_text(
     licence: the fields of the base model's own card, see `base_licence`.  repo: what to pass to from_pretrained.
     """
     calibration = header["calibration"]
-    told = f"{escape(calibration['name'])}, {calibration['rows']} x {calibration['seqlen']} tokens" if calibration else "none (data-free)"
+    told = "none (data-free)"
+    if calibration:
+        told = f"{escape(calibration['name'])}, {calibration['rows']} x {calibration['seqlen']} tokens"
     base = str(header["model"])
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lplr", "quantized"]}
     if _REPO.fullmatch(base.partition(":")[0]):

@@ -43,6 +43,20 @@ class Hessian:
         return upper + upper.triu(1).T if bool(torch.isfinite(upper).all()) else None
 
 
+def shrunk(H: Tensor, rows: int) -> Tensor:
+    """H of `rows` vectors, with fewer of them than entries in one drawn towards its mean diagonal.
+
+    t H + (1 - t) mean(diag H) I with t = rows / d where rows < d: such an H has no full rank, and what it says of directions that
+    hardly a vector had is chance.  The form is that of Ledoit, Wolf, J. Multivariate Analysis 2004; t is a plain rule, not their
+    estimate, which needs fourth moments.
+    """
+    d = H.shape[0]
+    if rows >= d:
+        return H
+    t = rows / d
+    return t * H + (1 - t) * H.diagonal().mean() * torch.eye(d, dtype=H.dtype, device=H.device)
+
+
 def damped(H: Tensor, damping: float = DAMPING) -> Tensor:
     """H + damping * mean(diag H) * I: positive definite unless H is zero, in which case the identity."""
     mean = H.diagonal().mean()

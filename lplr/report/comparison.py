@@ -37,7 +37,7 @@ def write_comparison(folder: Path, evaluations: Sequence[dict[str, Any]]) -> lis
 
 
 def draw(evaluations: Sequence[dict[str, Any]]) -> str | None:
-    """SVG of perplexity (logarithmic, bars of one standard error) against bits per weight, the base as a line; None without a point."""
+    """SVG of perplexity (logarithmic, bars of one standard error) over bits per weight, the base a line; None without a point."""
     points = [(e["model"], e) for e in evaluations if e.get("model") and _finite(e.get("perplexity"))]
     if not points:
         return None

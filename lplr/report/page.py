@@ -220,7 +220,8 @@ def _evaluation_row(name: str, e: dict[str, Any]) -> dict[str, str]:
         "Windows": number(e.get("windows"), 9),
         "Predictions": number(e.get("tokens"), 12),
         "Base": number(e.get("base_perplexity")),
-        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity)) + spread,
+        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity))
+        + spread,
         "Ratio": number(e.get("ratio")),
         "KL, nats": number(e.get("kl"), 3),
         "Top-1": DASH if top1 is None else f"{100 * top1:.1f} %",
@@ -235,7 +236,9 @@ def _settings(run: dict[str, Any], done: dict[str, Any], calibration: dict[str, 
     rows += [(k, _show(run[k])) for k in ("source", "fingerprint", "lplr") if k in run]
     if calibration:
         sha = calibration.get("sha256")
-        rows.append(("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else "")))
+        rows.append(
+            ("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else ""))
+        )
     if _finite(done.get("seconds")) is not None:
         rows.append(("time", f"{number(done['seconds'], 3)} s"))
     return rows
@@ -261,7 +264,9 @@ def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
     compressed = [r for r in records if r.stored == "compressed"]
     kinds = _kinds(compressed)
     limits = error_limits(compressed)
-    errors = [(k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())]
+    errors = [
+        (k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())
+    ]
     spectra = [(k, spectra_of_kind(rs, f"s{i}")) for i, (k, rs) in enumerate(_kinds(records).items())]
     mean = bits_per_weight(records)
     return {
@@ -302,7 +307,11 @@ def _error_summary(records: Sequence[LayerRecord]) -> str:
 
 def _bits_summary(records: Sequence[LayerRecord], mean: float) -> str:
     values = [r.bits_per_weight for r in records]
-    return f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones" if values else ""
+    return (
+        f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones"
+        if values
+        else ""
+    )
 
 
 def _numeric(read_value: Callable[[LayerRecord], float | None], digits: int = 4) -> Callable[[LayerRecord], Cell]:
@@ -345,8 +354,12 @@ COLUMNS = (
     Column("Certificate", "upper bound of the error, relative", _numeric(lambda r: relative(r, "certificate"))),
     Column("Probes", "certificate from random probes, relative", _numeric(lambda r: relative(r, "probe_certificate"))),
     Column("Bound", "what the theorem promised beforehand, relative", _numeric(lambda r: relative(r, "bound"))),
-    Column("Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))),
-    Column("Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)),
+    Column(
+        "Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))
+    ),
+    Column(
+        "Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)
+    ),
     Column("Seconds", "time it took", _numeric(lambda r: r.seconds, 3)),
     Column("Note", "what the method has to say", lambda r: Cell(r.note or DASH), numeric=False),
 )

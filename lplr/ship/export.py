@@ -32,7 +32,7 @@ from lplr.ship.dense import write_dense
 from lplr.ship.unpacked import Backbone, Unpacked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from lplr.hf.load import PreTrainedModel, PreTrainedTokenizerBase
 
 REPORT = "export.json"
 WINDOWS, WINDOW = 2, 256  # of the text on which the loss is measured
@@ -125,10 +125,10 @@ def _write_peft(source: Path, output: Path, _: str) -> str:
 
 
 def _write_gguf(source: Path, output: Path, kind: str) -> str:
-    backbone, whole = _Gguf(source, torch.float32), Unpacked(source, torch.float32)
+    backbone = _Gguf(source, torch.float32)
     tokenizer = load_tokenizer(source)
     shapes = {name: shape for name, (shape, _) in backbone.layout.items()}
-    half = torch.bfloat16 if any(whole.stored_dtype(name) == torch.bfloat16 for name in whole) else torch.float16
+    half = torch.bfloat16 if any(backbone.stored_dtype(name) == torch.bfloat16 for name in backbone) else torch.float16
     options = {"matrices": set(backbone.formats), "kind": kind, "half": half}
     gguf_write.write_model(output / gguf_write.MODEL, backbone.config, tokenizer, backbone, shapes, **options)
     lost = f"the compressed matrices are rounded to {kind}, the others to {str(half).removeprefix('torch.')}"

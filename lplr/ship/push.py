@@ -44,7 +44,10 @@ def push(
     entries = records.read(path / LEDGER)
     done = entries[-1]
     evaluations = {file: _evaluation(file) for file in sorted(path.glob("eval-*.json"))}
-    licence = _licence(entries[0]["recipe"], tell)
+    recipe = entries[0]["recipe"]
+    licence = _licence(recipe, tell)
+    if any(Path(str(recipe.get(field))).is_absolute() for field in ("model", "dataset")):
+        tell("run.jsonl and recipe.yaml name paths of this machine, and are published as they are")
     rows = list(records.layers(entries))
     card = card_text(entries[0], done, rows, evaluations=list(evaluations.values()), licence=licence, repo=repo)
     if SHIM not in done["files"]:

@@ -18,7 +18,7 @@ from lplr.stream.shards import Layout
 from lplr.stream.source import open_source
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from lplr.hf.skeleton import PretrainedConfig
 
 
 class Unpacked(Mapping[str, Tensor]):

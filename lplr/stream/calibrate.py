@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lplr.errors import DatasetError, LplrError
+from lplr.errors import CheckpointError, DatasetError, LplrError
 from lplr.files import write_error
 from lplr.hf.gguf import gguf_tokenizer
 from lplr.hf.load import is_gguf, load_tokenizer
@@ -92,7 +92,12 @@ class Activations:
         return out
 
     def set(self, rows: slice, value: Tensor) -> None:
-        """Replace some rows."""
+        """Replace some rows; CheckpointError when the new ones are not finite."""
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(
+                "the hidden states of the calibration text are not finite: the model leaves the range of float32 in a pass "
+                "forward; repair its weights, or use --dataset none"
+            )
         if self._memory is not None:
             self._memory[rows] = value
         else:

@@ -109,9 +109,9 @@ class LayerPlan:
 
 
 def open_checkpoint(
-    model: str, revision: str | None = None, notify: Callable[[str], None] | None = None
+    model: str, revision: str | None = None, notify: Callable[[str], None] | None = None, *, allow_pickle: bool = False
 ) -> Checkpoint:
-    """Resolve a folder, GGUF file or Hub id, and open it without reading weights.
+    """Resolve a folder, GGUF file or Hub id, and open it without reading weights; pickled ones of a folder if allowed.
 
     Raises the errors of `hf.hub.resolve`, `hf.skeleton` and `stream.source`; UnsupportedModel for a checkpoint that is
     quantized already.
@@ -124,7 +124,7 @@ def open_checkpoint(
     net = skeleton(config)
     defused = bool(defuse(net))
     prefix, stack = blocks(net)
-    source = open_source(path)
+    source = open_source(path, allow_pickle=allow_pickle)
     state = net.state_dict()
     tied = {name for name in getattr(net, "all_tied_weights_keys", {}) or {} if name not in source.names()}
     view = ModuleView(source, {name: tuple(t.shape) for name, t in state.items() if name not in tied})

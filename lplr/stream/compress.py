@@ -39,7 +39,7 @@ from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoin
 from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
-from lplr.stream.matrix import UNREACHED, Made, Seen, compress_matrix, seeded
+from lplr.stream.matrix import Made, Seen, compress_matrix, seeded
 from lplr.stream.moments import InputMoments, Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
 from lplr.stream.shards import Layout, shard_name, write_shard
@@ -55,15 +55,21 @@ def compress(
     output_dir: Path | str,
     *,
     resume: bool = True,
+    allow_pickle: bool = False,
     notify: Notify | None = None,
     progress: Progress | None = None,
 ) -> list[LayerRecord]:
     """Run a recipe into a folder and return the record of every layer; a finished folder is left as it is.
 
+    allow_pickle: a folder of pickled weights is read too, by torch's restricted unpickler.
+
     Raises RecipeError, CheckpointError, HubError, DatasetError or OutputError before anything is lost: what was
     finished stays, and the same call goes on with it.
     """
-    run = _Run.open(recipe, Path(output_dir), resume=resume, notify=notify or (lambda _: None))
+    say = notify or (lambda _: None)
+    if allow_pickle:
+        say("pickled weights are allowed: a pickle can run code when read; only torch's restricted unpickler stands before it")
+    run = _Run.open(recipe, Path(output_dir), resume=resume, allow_pickle=allow_pickle, notify=say)
     with run.ledger as ledger:
         if ledger.done is None:
             meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
@@ -119,11 +125,11 @@ class _Run:
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
-    def open(cls, recipe: Recipe, folder: Path, *, resume: bool, notify: Notify) -> _Run:
+    def open(cls, recipe: Recipe, folder: Path, *, resume: bool, allow_pickle: bool, notify: Notify) -> _Run:
         """Everything that can fail early: device, output folder, source, plan, text, tokenizer."""
         device = usable_device(recipe.device)
         check_folder(folder, resume=resume)
-        checkpoint = open_checkpoint(recipe.model, recipe.revision, notify)
+        checkpoint = open_checkpoint(recipe.model, recipe.revision, notify, allow_pickle=allow_pickle)
         plans = plan_layers(checkpoint, recipe)
         for pattern in unmatched_rules(recipe, plans):
             notify(f"the rule {pattern!r} fits no matrix: patterns are for whole names such as {plans[0].name}")
@@ -263,7 +269,7 @@ class _Run:
             jobs = []
             for p in these:
                 H, step = (None, None) if collected is None else collected.of(p.name)
-                note = UNREACHED if H is None and self.tokens is not None and p.format else ""
+                note = "" if collected is None else collected.note(p.name)
                 seen = Seen(H, moments.pop(p.name, None), step, note)
                 jobs.append(self.workers.submit(one, p, self.read(f"{p.name}.weight"), seen))
             for p, job in zip(these, jobs, strict=True):

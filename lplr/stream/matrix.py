@@ -21,8 +21,6 @@ from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.shards import pieces
 from lplr.stream.source import check_finite
 
-UNREACHED = "no calibration token reached it: compressed without data"
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -115,7 +113,10 @@ def _record(
             f"{p.name}: its values (norm {facts['norm']:.3g}) leave the range of bfloat16 scales: "
             "put it in modules_to_not_convert, or scale the model"
         )
-    facts["note"] = "; ".join(filter(None, [seen.note, facts.get("note", "")]))
+    lost = [name for name, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
+    facts.update(dict.fromkeys(lost))
+    beyond = f"{', '.join(lost)} beyond the range of floating point" if lost else ""
+    facts["note"] = "; ".join(filter(None, [seen.note, facts.get("note", ""), beyond]))
     fmt = f.format
     return LayerRecord(
         **common,

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from lplr.hf.skeleton import run_block
-from lplr.linalg.hessian import Hessian, cholesky_factor, damped
+from lplr.linalg.hessian import Hessian, cholesky_factor, damped, shrunk
 from lplr.stream.calibrate import Activations
+
+UNREACHED = "no calibration token reached it: compressed without data"
 
 
 class Enough(Exception):
@@ -125,8 +127,23 @@ class InputMoments:
             return None, None
         if id(hessian) not in self._known:
             H = hessian.mean()
+            H = None if H is None else shrunk(H, hessian.rows)
             self._known[id(hessian)] = H, None if H is None or drift is None else drift.step(H)
         return self._known[id(hessian)]
+
+    def note(self, name: str) -> str:
+        """What a record should say of the second moments of a layer; nothing where they are full.
+
+        The rule for experts that few tokens are routed to: with fewer than they have inputs, `linalg.hessian.shrunk`; with none,
+        or with inputs beyond the range of float32, they are compressed without data.
+        """
+        hessian = self.hessians.get(name)
+        if hessian is None or not hessian.rows:
+            return UNREACHED
+        if self.of(name)[0] is None:
+            return "its inputs on the calibration text leave the range of float32: compressed without data"
+        d = len(hessian.upper)
+        return "" if hessian.rows >= d else f"{hessian.rows} calibration tokens for {d} inputs: second moments shrunk"
 
     def end_pass(self, originals: Mapping[str, Tensor] | None = None) -> None:
         """Forget the tensors of the last forward pass; with the inputs that layers had in the original model, note the drift."""

@@ -24,6 +24,7 @@ from lplr.errors import CheckpointError
 from lplr.hf.gguf import GgufSource
 from lplr.hf.weight_file import file_identity, reading
 from lplr.stream.entries import MAX_HEADER, Entry, read_entries, read_header
+from lplr.stream.pickles import PICKLE, PICKLE_INDEX, PickleSource
 from lplr.stream.shards import INDEX
 
 __all__ = ["ModuleView", "SafetensorsSource", "TensorSource", "check_finite", "open_source", "read_entries"]
@@ -67,8 +68,8 @@ class TensorSource(Protocol):
         ...
 
 
-def open_source(path: str | Path) -> TensorSource:
-    """The source for a safetensors folder, a GGUF file, or a folder with exactly one GGUF file.
+def open_source(path: str | Path, *, allow_pickle: bool = False) -> TensorSource:
+    """The source for a safetensors folder, a GGUF file, a folder with exactly one GGUF file, or with pickles if allowed.
 
     Raises CheckpointError for anything else.
     """
@@ -82,6 +83,10 @@ def open_source(path: str | Path) -> TensorSource:
         if found:
             listing = ", ".join(f.name for f in found)
             raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({listing}): give the path of one of them")
+        if allow_pickle and (path / PICKLE).is_file():
+            return PickleSource(path, [PICKLE])
+        if allow_pickle and (path / PICKLE_INDEX).is_file():
+            return PickleSource(path, sorted(set(_read_index(path / PICKLE_INDEX).values())))
     return SafetensorsSource(path)
 
 
@@ -173,7 +178,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     if pickles:
         return CheckpointError(
             f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when read: convert them to "
-            "safetensors (from_pretrained, then save_pretrained), or give the repository's safetensors version"
+            "safetensors (from_pretrained, then save_pretrained), give the repository's safetensors version, or --allow-pickle"
         )
     others = sorted(f.name for f in folder.glob("*.safetensors"))
     seen = f", only {others[0]}" if others else ""

@@ -125,6 +125,9 @@ def test_hard_dictionaries():
     broken[3, 7] = torch.nan
     with pytest.raises(RecipeError, match="column 7 of the dictionary holds NaN"):
         solve_lasso(of(broken, Y), lam)
+    for more in ({"tol": 0.0}, {"tol": 1.0}, {"max_iter": 0}):
+        with pytest.raises(RecipeError, match="give a relative gap"):
+            solve_lasso(of(F, Y), lam, **more)
     with pytest.raises(RecipeError, match="empty"):
         solve_lasso(of(F[:, :0], Y), lam)
 

@@ -333,8 +333,12 @@ def test_drawn_gates():
     gates = wedge.draw_gates(X, 9, draw, most=5)
     near = (X @ gates.vectors + gates.offsets).abs() < 1e-10
     assert len(gates) == 9 and (near.sum(0) == 5).all()
+    gates = wedge.draw_gates(X, 9, draw, basis=wedge.sketched(30, 7, draw))
+    assert (((X @ gates.vectors + gates.offsets).abs() < 1e-10).sum(0) == 7).all()
     gates = wedge.draw_gates(X[:4], 9, draw, bias=False)
     assert gates.vectors.shape[0] == 30 and not gates.offsets.any() and len(gates)
+    flat = torch.cat([normal(1, 20, 2), torch.full((20, 1), 3.0)], 1)  # a constant column is no direction
+    assert wedge.draw_gates(flat, 5, draw).vectors[:2].norm(dim=0) == pytest.approx(torch.ones(5))
     assert len(wedge.draw_gates(torch.ones(5, 3, dtype=torch.float64), 4, draw)) == 0
     assert len(wedge.draw_gates(normal(0, 1, 3), 4, draw)) == 0  # one sample draws no hyperplane
 
@@ -342,3 +346,15 @@ def test_drawn_gates():
 def test_an_unknown_ball():
     with pytest.raises(RecipeError, match="choose one of 1, 2, inf"):
         wedge.dictionary(normal(0, 4, 2), p=3.0)
+
+
+def test_samples_that_are_none():
+    X = normal(0, 5, 2)
+    for chosen in ([[0, 5]], [[-1, 2]]):
+        with pytest.raises(RecipeError, match="there are 0 to 4"):
+            wedge.through(X, torch.tensor(chosen))
+    assert wedge.through(X, torch.tensor([[1, 1], [0, 3]])).skipped == 1
+    X[2, 1] = torch.inf
+    for made in (lambda: wedge.dictionary(X), lambda: wedge.through(X, torch.tensor([[0, 1]]))):
+        with pytest.raises(RecipeError, match="X holds NaN or Inf"):
+            made()

@@ -1,4 +1,4 @@
-"""lplr.evaluate.certificate: the bound holds, in Monte Carlo and against the theorem written out; the certificate's quantities are bounded."""
+"""lplr.evaluate.certificate: the bound holds, by simulation and against the theorem written out; what it bounds is bounded."""
 
 from __future__ import annotations
 

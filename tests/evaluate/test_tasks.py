@@ -97,7 +97,9 @@ SHAPES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("task, row, expected", SHAPES)
 def test_rows_of_every_publisher(tmp_path: Path, task: str, row: dict[str, Any], expected: dict[str, Any]) -> None:
     (tmp_path / "deep").mkdir()
-    stem = {"arc_easy": "ARC-Easy-Test", "arc_challenge": "arc_challenge", "lambada_openai": "lambada_test"}.get(task, f"{task}_val")
+    stem = {"arc_easy": "ARC-Easy-Test", "arc_challenge": "arc_challenge", "lambada_openai": "lambada_test"}.get(
+        task, f"{task}_val"
+    )
     (tmp_path / f"deep/{stem}.jsonl").write_text(json.dumps(row) + "\n\n")
     (tmp_path / f"deep/{stem}_train.jsonl").write_text("not read")
     found = read_task(task, tmp_path)

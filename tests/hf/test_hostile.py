@@ -52,7 +52,9 @@ def test_a_config_without_measure_is_refused_at_once(architecture: str, changes:
     assert time.monotonic() - started < 20 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "3", "[]", "null", '{"model_type": 3}', '{"model_type": {}}', ""])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 100_000, "3", "[]", "null", '{"model_type": 3}', '{"model_type": {}}', ""]
+)
 def test_a_config_that_is_none(text: str, tmp_path: Path):
     source = checkpoints.write(tmp_path / "base", "llama", tokenizer=False)
     (source / "config.json").write_text(text)

@@ -110,6 +110,7 @@ def test_what_is_pushed_is_loaded_back_by_plain_transformers(folder: Path, hub: 
     done = python(COMMAND, "push", folder, "someone/pico", "--private", "--revision", "four", env=env)
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/someone/pico/commit/" in done.stdout
+    assert "name paths of this machine" in " ".join(done.stderr.split())
     assert hub.private["someone/pico"] and set(hub.files("someone/pico")) == {".gitattributes"}
     sent = hub.files("someone/pico", "four")
     ledger = records.read(folder / "run.jsonl")
@@ -222,6 +223,11 @@ def test_a_damaged_folder_is_not_published(folder: Path, hub: hub_server.Hub, tm
     (copy / "config.json").write_text("{}")
     done = call("push", copy, "someone/pico")
     assert done.exit_code == 2 and "config.json" in done.stderr and not hub.branches
+
+
+def test_private_without_a_repository_is_a_slip(tmp_path: Path, folder: Path):
+    done = call("compress", folder.parent / "base", "--dataset", "none", "-o", tmp_path / "out", "--private")
+    assert done.exit_code == 2 and "--push-to-hub OWNER/NAME" in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_token_in_a_file_stops_the_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

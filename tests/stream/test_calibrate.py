@@ -172,3 +172,42 @@ def test_a_file_of_activations_that_is_cut_short_is_an_error(tmp_path: Path, mon
 def test_batches_are_of_equal_size_and_bounded(rows: int, seqlen: int, most: int):
     assert batch_rows(rows, seqlen) == most
     assert rows % batch_rows(rows, seqlen) == 0
+
+
+def test_few_tokens_shrink_the_second_moments_and_the_record_says_so():
+    layer = torch.nn.Linear(8, 3)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with InputMoments({"a": layer, "b": torch.nn.Linear(4, 4)}) as context, torch.no_grad():
+        layer(x.float())
+    H = x.T @ x / 5
+    wanted = 5 / 8 * H + 3 / 8 * H.diagonal().mean() * torch.eye(8)  # by hand
+    found = context.of("a")[0]
+    assert found is not None and torch.allclose(found.double(), wanted, atol=1e-6)  # float32 sums
+    assert context.note("a") == "5 calibration tokens for 8 inputs: second moments shrunk"
+    assert context.note("b") == "no calibration token reached it: compressed without data"
+    with InputMoments({"a": layer}) as context, torch.no_grad():
+        layer(torch.randn(8, 8))
+    assert context.note("a") == ""
+    with InputMoments({"a": layer}) as context, torch.no_grad():
+        layer(torch.full((9, 8), 1e30))
+    assert context.of("a") == (None, None) and "leave the range of float32" in context.note("a")
+
+
+def test_experts_that_few_tokens_reach_are_compressed_by_the_rule(tmp_path: Path):
+    """A router with a large bias towards two experts: the others see few tokens or none; all are compressed, and it is told."""
+    source = checkpoints.write(tmp_path / "base", "mixtral", num_hidden_layers=1)
+
+    def bias(W: torch.Tensor) -> torch.Tensor:
+        W[3] = -100 * W[0].abs()
+        return W
+
+    from safetensors.torch import load_file
+
+    name = next(n for n in load_file(source / "model.safetensors") if n.endswith("gate.weight"))
+    checkpoints.change_tensor(source, name, bias)
+    chosen = {"dataset": str(source / "text.txt"), "nsamples": 1, "seqlen": 16, "alternations": 0, "bits": 3}
+    rows = compress.compress(make_recipe({"model": str(source), **chosen}), tmp_path / "out")
+    experts = [row for row in rows if ".experts." in row.name]
+    assert len(experts) == 8 and all(row.format is not None for row in experts)
+    assert any("second moments shrunk" in row.note or "no calibration token" in row.note for row in experts)
+    assert load_model(tmp_path / "out") is not None

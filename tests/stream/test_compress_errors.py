@@ -215,3 +215,14 @@ def test_a_disk_too_full_for_the_activations(tmp_path: Path, monkeypatch: pytest
     monkeypatch.undo()
     run(calibrated(source), tmp_path / "memory")
     assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "memory")
+
+
+def test_a_model_that_leaves_the_range_of_float32_in_its_own_pass_is_refused(tmp_path: Path):
+    source = checkpoints.write(tmp_path / "base", "llama")
+    for part in ("up_proj", "down_proj"):
+        checkpoints.change_tensor(source, f"model.layers.1.mlp.{part}.weight", lambda t: t * 1e30)
+    with pytest.raises(CheckpointError, match="hidden states of the calibration text are not finite"):
+        run(calibrated(source), tmp_path / "out")
+    no_model(tmp_path / "out")
+    run(settings(source), tmp_path / "free")
+    verify(tmp_path / "free", str(source))
