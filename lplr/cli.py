@@ -434,9 +434,9 @@ def report(folder: Folder) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")] = Path(
-        "lplr-demo"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the compressed models and reports go.")
+    ] = Path("lplr-demo"),
     bits: Annotated[float, typer.Option(help="Budget of the model to show; a 1-bit one is shown beside it.")] = 4.0,
 ) -> None:
     """Compress SmolLM2-135M-Instruct from the package index, evaluate it, write the report, and let it speak."""
