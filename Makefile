@@ -1,4 +1,4 @@
-# Seven verbs, no logic: each sets up what it needs in .venv and calls one tool.
+# Eight verbs, no logic: each sets up what it needs in .venv and calls one tool.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 # threads that wait must not spin: a second busy process would slow every small operation down many times
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-gpu bench bench-gpu lint report
+.PHONY: demo test test-gpu bench bench-gpu lint report docs
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,3 +40,6 @@ lint: $(STAMP)  ## ruff and pyright
 
 report: $(STAMP)  ## the report page of the demo
 	$(BIN)/lplr report lplr-demo/4bpw
+
+docs: $(STAMP)  ## the API reference from the docstrings, in build/reference
+	$(BIN)/python docs/reference.py build/reference

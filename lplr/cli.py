@@ -61,7 +61,9 @@ def _run_option(*names: str, text: str) -> Any:
 
 @app.command()
 def compress(
-    model: Annotated[str | None, typer.Argument(help="A folder, a GGUF file, or a Hub id.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, or a Hub id.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, _run_option("--output", "-o", text="Output folder (NAME-LPLR-BITSbpw).")] = None,
     recipe: Annotated[Path | None, _run_option("--recipe", text="A YAML recipe; flags override it.")] = None,
     bits: Annotated[float | None, _setting("--bits", "Budget per compressed weight, all overheads counted.")] = None,
@@ -98,7 +100,7 @@ def compress(
     dry_run: Annotated[bool, _run_option("--dry-run", text="Print size, bits, memory, time and ranks; do nothing.")] = False,
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
     push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
-    private: Annotated[bool, _run_option("--private", text="Let only you see what is published.")] = False,
+    private: Annotated[bool, _run_option("--private", text="Keep a repository that --push-to-hub makes now private.")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
     ] = False,
@@ -164,7 +166,7 @@ def _dry_run(recipe: Recipe) -> None:
 
 @app.command("eval")
 def evaluate(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Compressed folders, or any models.")],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR", help="Compressed folders, or any models.")],
     dataset: Annotated[
         str, typer.Option(help="Text: builtin:heldout, a text or jsonl file, or a Hub dataset.")
     ] = "builtin:heldout",
@@ -182,15 +184,17 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Use the first N samples of each task only.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, and samples of tasks, at once.", min=1)] = 1,
     speed: Annotated[
-        bool, typer.Option("--speed", help="Tokens a second and peak memory too, alone in a process of its own.")
+        bool, typer.Option("--speed", help="Measure tokens a second and peak memory too, in a process of its own.")
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the comparison (lplr-eval, if several DIR are given).")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Perplexity, and against a base model KL divergence, top-1 agreement and what is certain of them; accuracy on tasks; of a
-    head its accuracy on labelled text.  Several models make one table and one plot.  A killed run goes on where it stopped."""
+    """Measure perplexity, distance from a base and accuracy on tasks; of a head, accuracy on labelled text.
+
+    Several models make one table and one plot.  A killed run goes on where it stopped.
+    """
     with clear_errors():
         from lplr.hf.classifier import is_head
 
@@ -303,7 +307,7 @@ def explain_head(
     limit: Annotated[int | None, typer.Option(help="Use the first N texts only.", show_default=False)] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu or cuda.")] = "cpu",
 ) -> None:
-    """The texts that the neurons of a head are made of: printed, and as one self-contained HTML page beside the head."""
+    """Show the texts that the neurons of a head are made of, and write them beside it as one HTML page."""
     with clear_errors():
         from lplr.convex.explain import explain_head as run
         from lplr.report.neurons import write_explanation
@@ -325,7 +329,9 @@ def _number(lam: str) -> float | str:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A folder, compressed or not, a GGUF file, or a Hub id.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, compressed or not, a GGUF file, or a Hub id.", show_default=False)
+    ],
     bits: Annotated[float, typer.Option(help="Budget per weight.")] = 1.0,
     method: Annotated[str, typer.Option(help="Method whose rank is shown.")] = "auto",
     dataset: Annotated[
@@ -334,7 +340,7 @@ def inspect(
     nsamples: Annotated[int, typer.Option(help="Windows to draw from the text.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
 ) -> None:
-    """What each matrix is like; with --dataset the bits it would be given, and of a compressed folder those it was given."""
+    """Show what each matrix is like, with --dataset the bits it would get; of a compressed folder, those it got."""
     with clear_errors():
         from lplr.stream.checkpoint import open_checkpoint, plan_layers
         from lplr.stream.inspect import inspect as look
@@ -380,10 +386,13 @@ def verify(folder: Folder, against: Against = None) -> None:
 def push(
     folder: Folder,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository of the Hub.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Let only you see a repository that is made now.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Keep a repository that is made now private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch, made when it is missing (main).", show_default=False)] = None,
 ) -> None:
-    """Publish a compressed folder on the Hugging Face Hub, with a card and a report.  Run again, it goes on where it stopped."""
+    """Publish a compressed folder on the Hugging Face Hub, with a card and a report.
+
+    Run again, it goes on where it stopped.
+    """
     with clear_errors():
         _push(folder, repo, private, revision)
 
@@ -400,7 +409,7 @@ def _push(folder: Path, repo: str, private: bool, revision: str | None) -> None:
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or the Hub id of one.", show_default=False)],
     to: Annotated[str, typer.Option(help="dense (bfloat16), peft (NF4 and LoRA) or gguf (llama.cpp).", show_default=False)],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder (DIR-TO).", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder (NAME-TO).", show_default=False)] = None,
     gguf_type: Annotated[str, typer.Option(help="Of the matrices: q8_0, q5_1, q5_0, q4_1, q4_0, f16 or bf16.")] = "q8_0",
 ) -> None:
     """Write a compressed folder for another engine, and measure what that loses."""
