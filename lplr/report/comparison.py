@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lplr.errors import OutputError
-from lplr.report.page import size
+from lplr.files import make_folder, write_text_atomic
 from lplr.report.plots import plain_ticks
+from lplr.report.text import size
 
 JSON, PLOT = "comparison.json", "comparison.svg"
 
@@ -25,14 +25,9 @@ def write_comparison(folder: Path, evaluations: Sequence[dict[str, Any]]) -> lis
     plot = draw(evaluations)
     if plot is not None:
         contents[PLOT] = plot
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            partial = folder / f".{name}.partial"
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(folder / name)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror}): give another folder with --output") from None
+    make_folder(folder)
+    for name, content in contents.items():
+        write_text_atomic(folder / name, content)
     return [folder / name for name in contents]
 
 

@@ -79,27 +79,6 @@ def relative(record: LayerRecord, field: str) -> float | None:
     return value / record.norm
 
 
-def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> str:
-    """Bits per weight of every matrix in model order, compressed and dense ones apart."""
-
-    def draw(axes: Axes) -> None:
-        for stored, colour, marker in (("compressed", _ERROR, "o"), ("dense", _BOUND, "s")):
-            points = [(i, r.bits_per_weight) for i, r in enumerate(records, 1) if r.stored == stored]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker, color=colour, markersize=3.5)
-        axes.axhline(mean, color=_INK, linewidth=1, linestyle="--")
-        values = [r.bits_per_weight for r in records]
-        if min(values) > 0 and max(values) > 4 * min(values):
-            axes.set_yscale("log", base=2)
-            plain_ticks(axes.yaxis, base=2)
-        else:
-            axes.set_ylim(0, 1.15 * max([mean, *values]))
-        axes.set_xlabel("matrix, in model order")
-        axes.set_ylabel("bits per weight")
-        _whole_numbers(axes)
-
-    return drawing(draw, _WIDE, slug)
-
-
 def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
     """Singular values over the largest one, both axes logarithmic; the later the matrix, the stronger its line.
 
