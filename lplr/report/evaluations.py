@@ -35,20 +35,21 @@ def tables(evaluations: Evaluations) -> list[Table]:
 
 
 _MEASURED = (
-    "Perplexity is exp of the mean negative log-likelihood of a token: lower is better, 1 is perfect. The text is read in windows "
-    "without overlap, and base and compressed model read the same ones. KL is the divergence of the compressed model's next-token "
-    "distribution from the base's; top-1 is how often both rank the same token first. The ± is one standard error over windows, "
-    "that of the ratio window by window; BOS tells whether a token was put in front of each window."
+    "Perplexity is exp of the mean negative log-likelihood of a token: lower is better, 1 is perfect. The text is read in "
+    "windows without overlap, and base and compressed model read the same ones. KL is the divergence of the compressed model's "
+    "next-token distribution from the base's; top-1 is how often both rank the same token first. The ± is one standard error "
+    "over windows, that of the ratio window by window; BOS tells whether a token was put in front of each window."
 )
 _PROVED = (
     "Upper bounds of what is expected on the distribution that the text was drawn from (empirical Bernstein), each at its "
-    "confidence by itself. Assumed: the windows are independent draws; divergence and ratio are of the model mixed with a little of "
-    "the uniform distribution, as “smoothed by” says. Lag-1 is the correlation of neighbouring windows: far from 0, they are not "
-    "independent. Many short windows prove more than few long ones."
+    "confidence by itself. Assumed: the windows are independent draws; divergence and ratio are of the model mixed with a "
+    "little of the uniform distribution, as “smoothed by” says. Lag-1 is the correlation of neighbouring windows: far from 0, "
+    "they are not independent. Many short windows prove more than few long ones."
 )
 _TASKS = (
-    "Measured by lm-eval; the ± is one standard error. The difference is taken sample by sample, with its 95 % interval: where that "
-    "holds 0, the samples do not tell the models apart. Changed is the share of samples that only one of the two gets right."
+    "Measured by lm-eval; the ± is one standard error. The difference, in percentage points, is taken sample by sample, with "
+    "its 95 % interval: where that holds 0, the samples do not tell the models apart. Changed is the share of samples that only "
+    "one of the two gets right."
 )
 _SPEED = "Measured alone, in a process of its own; read is one pass over a prompt, written is greedy decoding after it."
 

@@ -69,9 +69,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def render(
-    entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations
-) -> str:
+def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations) -> str:
     """The page as text."""
     run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
     done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
@@ -118,9 +116,7 @@ def _calibration_sentence(calibration: dict[str, Any]) -> str:
     return show(calibration["name"]) + (shape if calibration.get("rows") else "")
 
 
-def _warnings(
-    done: dict[str, Any] | None, records: Sequence[LayerRecord], evaluations: Evaluations
-) -> list[str]:
+def _warnings(done: dict[str, Any] | None, records: Sequence[LayerRecord], evaluations: Evaluations) -> list[str]:
     out = []
     if done is None:
         remedy = "run the same command again to go on"
@@ -240,7 +236,7 @@ def _factor_bits(record: LayerRecord) -> Cell:
 
 
 COLUMNS = (
-    Column("Matrix", "name in the model", lambda r: Cell(r.name), numeric=False),
+    Column("Matrix", "name in the model", lambda r: Cell(r.name or DASH), numeric=False),
     Column("Block", "number of the block of the model", _numeric(lambda r: r.block)),
     Column("Shape", "outputs × inputs", _shape),
     Column(

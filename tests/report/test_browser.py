@@ -1,6 +1,9 @@
 """The pages in headless Chromium: nothing that axe-core, the console, the network or the layout complains of; search and sort.
 
-Needs chromium, node, and two packages for it:  npm install --prefix FOLDER playwright-core axe-core, then NODE_PATH=FOLDER/node_modules.
+Needs chromium, node, and two packages, which are found as node finds modules, for example after
+
+    npm install --prefix FOLDER playwright-core axe-core; export NODE_PATH=FOLDER/node_modules
+
 LPLR_PICTURES=FOLDER keeps pictures of every page, wide and narrow, light and dark.
 """
 

@@ -274,9 +274,7 @@ def test_page_is_accessible(tmp_path: Path) -> None:
     pictures = [a for _, a in page.tags if a.get("role") == "img"]
     assert len(pictures) == 2 + 3 and all(a.get("aria-label") for a in pictures)
     labels = " ".join(str(a["aria-label"]) for a in pictures)
-    assert (
-        "2 matrices" not in labels and "3 matrices: error 0.300, certificate 0.310, bound 2.50, optimum 0.100" in labels
-    )
+    assert "2 matrices" not in labels and "3 matrices: error 0.300, certificate 0.310, bound 2.50, optimum 0.100" in labels
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
 
@@ -291,12 +289,12 @@ def test_colours_have_contrast(tmp_path: Path) -> None:
     """WCAG 2.2: 4.5 for text, 3 for the lines of a plot, in the light and in the dark page."""
     html, _ = page_of(tmp_path, full_run())
     light, dark = (
-        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
-        for block in re.findall(r":root \{(.*?)\}", html, re.DOTALL)
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", html, re.DOTALL)
     )
     assert light.keys() == dark.keys()
     text = [("ink", "page"), ("ink", "panel"), ("soft", "page"), ("soft", "panel"), ("warn", "warn-page")]
-    text += [("low-ink", f"m{i}") for i in range(3)] + [("mid-ink", "m3"), ("high-ink", "m4"), ("high-ink", "m5"), ("link", "page")]
+    inks = ("low-ink", "low-ink", "low-ink", "mid-ink", "high-ink", "high-ink")
+    text += [("link", "page"), *((ink, f"m{i}") for i, ink in enumerate(inks))]
     lines = [(name, "page") for name in ("error", "certificate", "bound", "optimal", "link")]
     for theme in (light, dark):
         for pairs, least in ((text, 4.5), (lines, 3.0)):
@@ -414,9 +412,7 @@ def test_number(value: Any, text: str) -> None:
     assert number(value) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(12, "12 bytes"), (83_401_216, "83.40 MB"), (7.1e12, "7.100 TB"), (None, "–")]
-)
+@pytest.mark.parametrize(("value", "text"), [(12, "12 bytes"), (83_401_216, "83.40 MB"), (7.1e12, "7.100 TB"), (None, "–")])
 def test_size(value: Any, text: str) -> None:
     assert size(value) == text
 
