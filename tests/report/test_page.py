@@ -15,6 +15,7 @@ import pytest
 
 from lplr import records
 from lplr.errors import OutputError
+from lplr.evaluate.result import EvalResult
 from lplr.records import LayerRecord
 from lplr.report import write_report
 from lplr.report.network import kind, network
@@ -97,6 +98,7 @@ def full_run() -> list[Any]:
 
 EVALUATION = {
     "dataset": "builtin:heldout", "seqlen": 2048, "windows": 8, "tokens": 16376, "perplexity": 31.4, "nll_se": 0.05,
+    "dataset_sha256": "d" * 64, "text_tokens": 20000, "nll": 3.4468,
     "base_perplexity": 20.97, "ratio": 1.4974, "kl": 0.4123, "top1": 0.712, "bos": "none: because", "finite": True,
 }  # fmt: skip
 
@@ -108,8 +110,12 @@ TASKS = [
     {
         "task": "arc_easy", "metric": "acc", "samples": 2376, "value": 0.5012, "se": 0.01026, "base_value": 0.5631,
         "base_se": 0.01018, "difference": -0.0619, "low": -0.0812, "high": -0.0431, "changed": 0.1834, "source": "the Hub",
+        "samples_sha256": "e" * 64, "version": "1.0", "per_sample": [1.0, 0.0],
     },
-    {"task": "lambada_openai", "metric": "perplexity", "samples": 5153, "value": 31.25, "se": 1.5, "base_value": None},
+    {
+        "task": "lambada_openai", "metric": "perplexity", "samples": 5153, "value": 31.25, "se": 1.5, "base_value": None,
+        "source": "lambada.jsonl", "samples_sha256": "f" * 64, "version": "1.0", "per_sample": [-3.0, -3.9],
+    },
 ]  # fmt: skip
 SPEED = {
     "prompt": 128, "written": 32, "reading": 151.2, "writing": 12.34, "peak_memory": 712_345_678, "load_seconds": 1.5,
@@ -142,12 +148,13 @@ def test_page_tells_the_numbers(tmp_path: Path) -> None:
 
 def test_page_tells_what_is_proved_tasks_and_speed(tmp_path: Path) -> None:
     evaluation = {**EVALUATION, "kl_se": 0.0152, "difference_se": 0.01, "certificate": PROVED, "tasks": TASKS, "speed": SPEED}
+    EvalResult.model_validate_json(json.dumps(evaluation))  # the harness would keep this: it refuses a name that it does not know
     _, page = page_of(tmp_path, full_run(), heldout=evaluation)
     for expected in (
         "1.497 ± 0.015", "0.412 ± 0.015",  # 1.4974 * 0.01
         "builtin:heldout 95 % 148 0.400, at most 0.912 1.520, at most 2.610 29.0 %, at most 43.2 % 0.010 -0.030",
         "arc_easy acc 2,376 56.31 % ± 1.02 50.12 % ± 1.03 -6.19 (-8.12 to -4.31) 18.3 % the Hub",
-        "lambada_openai perplexity 5,153 – 31.25 ± 1.50 – – –",
+        "lambada_openai perplexity 5,153 – 31.25 ± 1.50 – – lambada.jsonl",
         "12.3 151 712.3 MB 1.50 s bfloat16, cpu, 2 threads",
     ):  # fmt: skip
         assert expected in page.text, expected
