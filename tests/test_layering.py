@@ -15,7 +15,7 @@ ORDER = (
 )
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["kernels"] = {"errors", "kernels"}
-ALLOWED["report"] = {"errors", "records", "report"}
+ALLOWED["report"] = {"errors", "files", "records", "report"}
 ALLOWED["terminal"] = {"errors", "terminal"}
 ALLOWED["convex"] = {"errors", "linalg", "convex"}
 ALLOWED["demo"] |= {"report"}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lplr.errors import OutputError
-from lplr.report.page import size
+from lplr.files import make_folder, write_text_atomic
 from lplr.report.plots import plain_ticks
+from lplr.report.text import finite, size
 
 JSON, PLOT = "comparison.json", "comparison.svg"
 
@@ -26,20 +25,15 @@ def write_comparison(folder: Path, texts: Sequence[str]) -> list[Path]:
     plot = draw(evaluations)
     if plot is not None:
         contents[PLOT] = plot
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            partial = folder / f".{name}.partial"
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(folder / name)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written ({error.strerror}): give another folder with --output") from None
+    make_folder(folder)
+    for name, content in contents.items():
+        write_text_atomic(folder / name, content)
     return [folder / name for name in contents]
 
 
 def draw(evaluations: Sequence[dict[str, Any]]) -> str | None:
-    """SVG of perplexity (logarithmic, bars of one standard error) over bits per weight, the base a line; None without a point."""
-    points = [(e["model"], e) for e in evaluations if e.get("model") and _finite(e.get("perplexity"))]
+    """SVG of perplexity (logarithmic, bar: a standard error) against bits per weight, the base a line; None without a point."""
+    points = [(e["model"], e) for e in evaluations if e.get("model") and _positive(e.get("perplexity"))]
     if not points:
         return None
     import matplotlib
@@ -59,8 +53,8 @@ def draw(evaluations: Sequence[dict[str, Any]]) -> str | None:
             place = {"textcoords": "offset points", "xytext": (6, 6)}
             axes.annotate(label, (model["bits_per_weight"], e["perplexity"]), **place)
         first = points[0][1]
-        base, theirs = first.get("base"), first.get("base_perplexity")
-        if base and _finite(theirs):
+        base, theirs = first.get("base"), _positive(first.get("base_perplexity"))
+        if base and theirs is not None:
             axes.axhline(theirs, color="black", linewidth=1, linestyle="--")
             label = f"{base['name']} uncompressed, {base['bits_per_weight']:.3g} bits per weight, {size(base['bytes'])}"
             axes.annotate(label, (0.01, theirs), xycoords=("axes fraction", "data"), textcoords="offset points", xytext=(0, -11))
@@ -75,5 +69,6 @@ def draw(evaluations: Sequence[dict[str, Any]]) -> str | None:
     return out.getvalue()
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+def _positive(value: Any) -> float | None:
+    found = finite(value)
+    return found if found is not None and found > 0 else None

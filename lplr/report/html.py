@@ -1,13 +1,9 @@
-"""A page from a template of this folder, escaped, and written whole or not at all."""
+"""A page from a template of this folder, escaped."""
 
 from __future__ import annotations
 
-import os
 from importlib import resources
-from pathlib import Path
 from typing import Any
-
-from lplr.errors import OutputError
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -20,18 +16,5 @@ def rendered(template: str, **values: Any) -> str:
     # autoescape=True, not select_autoescape: the templates' suffix is .j2
     strict, loader = jinja2.StrictUndefined, jinja2.FunctionLoader(source)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
-
-
-def write(path: Path, text: str) -> None:
-    """Replace the file as a whole: a reader sees the old page or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror}): check free space and permissions") from None
+    text = environment.get_template(template).render(**values)
+    return text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair, which no file can

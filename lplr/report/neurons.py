@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lplr.errors import OutputError
-from lplr.report.html import rendered, write
-from lplr.report.page import number
+from lplr.files import write_text_atomic
+from lplr.report.html import rendered
 from lplr.report.plots import CLASSES, neuron
+from lplr.report.text import number
 
 EXPLANATION, PAGE = "explain.json", "explain.html"
 TEMPLATE = "neurons.html.j2"
@@ -33,7 +34,7 @@ def write_explanation(head: Path) -> Path:
         html = render(facts)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise OutputError(f"{file} is damaged ({error!r}): run `lplr explain-head` again") from None
-    write(head / PAGE, html)
+    write_text_atomic(head / PAGE, html)
     return head / PAGE
 
 

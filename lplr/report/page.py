@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from lplr.errors import OutputError
+from lplr.files import write_text_atomic
 from lplr.records import LEDGER, LayerRecord, bits_per_weight, layers, read
-from lplr.report.html import rendered, write
-from lplr.report.plots import bits_of_layers, error_limits, errors_of_kind, relative, spectra_of_kind
+from lplr.report.evaluations import Evaluations, tables
+from lplr.report.html import rendered
+from lplr.report.network import kinds, network
+from lplr.report.plots import error_limits, errors_of_kind, relative, spectra_of_kind
+from lplr.report.text import DASH, finite, number, show, size, span
 
 REPORT = "report.html"
 TEMPLATE = "page.html.j2"
 MOST_KINDS = 12
-DASH = "–"
 # the certificate is computed in float64 and the error in float32
 ROUNDING = 1e-5
 
@@ -62,71 +65,30 @@ def write_report(folder: Path) -> Path:
     evaluations = [(path.name, _evaluation(path)) for path in sorted(folder.glob("eval-*.json"))]
     html = render(entries, records, evaluations)
     path = folder / REPORT
-    write(path, html)
+    write_text_atomic(path, html)
     return path
 
 
-def render(
-    entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Sequence[tuple[str, dict[str, Any]]]
-) -> str:
+def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations) -> str:
     """The page as text."""
     run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
     done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
     calibration = _calibration(run, evaluations)
     return rendered(
         TEMPLATE,
-        model=_show(run.get("model")),
+        model=show(run.get("model")),
         warnings=_warnings(done, records, evaluations),
         headline=_headline(done or {}, records, evaluations, calibration),
-        evaluations=[_evaluation_row(name, e) for name, e in evaluations],
+        tables=tables(evaluations),
         settings=_settings(run, done or {}, calibration),
         figures=_figures(records),
-        allocation=_allocation(next((e for e in entries if e["kind"] == "allocation"), {}), records),
+        network=network(records),
+        allocation=_allocation(next((e for e in entries if e["kind"] == "allocation"), {})),
         columns=COLUMNS,
         rows=[[column.cell(r) for column in COLUMNS] for r in records],
         compressed=sum(r.stored == "compressed" for r in records),
         dense=sum(r.stored == "dense" for r in records),
     )
-
-
-def number(value: Any, digits: int = 4) -> str:
-    """A number with so many significant digits and thousands separated; a dash for anything else."""
-    found = _finite(value)
-    if found is None:
-        return DASH
-    if found and not 1e-4 <= abs(found) < 1e15:
-        return f"{found:.{digits - 1}e}"
-    places = 0 if found == int(found) else max(0, digits - 1 - math.floor(math.log10(abs(found))))
-    return f"{found:,.{places}f}"
-
-
-def size(value: Any) -> str:
-    """Bytes in units of 1000."""
-    found = _finite(value)
-    if found is None:
-        return DASH
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if found < 1000:
-            return f"{number(found)} {unit}"
-        found /= 1000
-    return f"{number(found)} TB"
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _show(value: Any) -> str:
-    """A setting as text: strings as they are, numbers short, everything else as JSON."""
-    if value is None or value == "":
-        return DASH
-    if isinstance(value, str):
-        return value
-    if _finite(value) is not None:
-        return number(value, 6)
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
@@ -139,7 +101,7 @@ def _evaluation(path: Path) -> dict[str, Any]:
     return found
 
 
-def _calibration(run: dict[str, Any], evaluations: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+def _calibration(run: dict[str, Any], evaluations: Evaluations) -> dict[str, Any]:
     """What the run was calibrated on: as the run says, else as an evaluation says."""
     for owner in (run, *(e for _, e in evaluations)):
         if isinstance(owner.get("calibration"), dict):
@@ -151,12 +113,10 @@ def _calibration_sentence(calibration: dict[str, Any]) -> str:
     if not calibration.get("name"):
         return "no text (data-free)" if calibration else "a text that the run does not name"
     shape = f", {number(calibration.get('rows'))} windows of {number(calibration.get('seqlen'))} tokens"
-    return _show(calibration["name"]) + (shape if calibration.get("rows") else "")
+    return show(calibration["name"]) + (shape if calibration.get("rows") else "")
 
 
-def _warnings(
-    done: dict[str, Any] | None, records: Sequence[LayerRecord], evaluations: Sequence[tuple[str, dict[str, Any]]]
-) -> list[str]:
+def _warnings(done: dict[str, Any] | None, records: Sequence[LayerRecord], evaluations: Evaluations) -> list[str]:
     out = []
     if done is None:
         remedy = "run the same command again to go on"
@@ -179,7 +139,7 @@ def _breaks(record: LayerRecord) -> bool:
 def _headline(
     done: dict[str, Any],
     records: Sequence[LayerRecord],
-    evaluations: Sequence[tuple[str, dict[str, Any]]],
+    evaluations: Evaluations,
     calibration: dict[str, Any],
 ) -> list[tuple[str, str, str]]:
     """(label, figure, explanation) of each number at the top."""
@@ -205,56 +165,20 @@ def _perplexity(e: dict[str, Any], calibration: dict[str, Any]) -> tuple[str, st
     label, figure = "Perplexity", number(e.get("perplexity"))
     if e.get("base_perplexity") is not None:
         label, figure = "Perplexity, base → compressed", f"{number(e['base_perplexity'])} → {figure}"
-    where = f"on {_show(e.get('dataset'))}, context {number(e.get('seqlen'), 9)}"
+    where = f"on {show(e.get('dataset'))}, context {number(e.get('seqlen'), 9)}"
     return label, figure, f"{where}; calibrated on {_calibration_sentence(calibration)}"
-
-
-def _evaluation_row(name: str, e: dict[str, Any]) -> dict[str, str]:
-    """One evaluation as texts."""
-    se, perplexity, top1 = _finite(e.get("nll_se")), _finite(e.get("perplexity")), _finite(e.get("top1"))
-    # the error of the mean log-likelihood is the relative error of the perplexity
-    spread = f" ± {number(perplexity * se, 2)}" if perplexity is not None and se is not None else ""
-    return {
-        "Text": _show(e.get("dataset") or name),
-        "Context": number(e.get("seqlen"), 9),
-        "Windows": number(e.get("windows"), 9),
-        "Predictions": number(e.get("tokens"), 12),
-        "Base": number(e.get("base_perplexity")),
-        "Compressed": ("not finite" if e.get("finite") is False and perplexity is None else number(perplexity))
-        + spread,
-        "Ratio": number(e.get("ratio")),
-        "KL, nats": number(e.get("kl"), 3),
-        "Top-1": DASH if top1 is None else f"{100 * top1:.1f} %",
-        "BOS": _show(e.get("bos")).split(":")[0],
-        "Note": _show(e.get("note")),
-    }
 
 
 def _settings(run: dict[str, Any], done: dict[str, Any], calibration: dict[str, Any]) -> list[tuple[str, str]]:
     recipe = run.get("recipe")
-    rows = [(str(k), _show(v)) for k, v in recipe.items()] if isinstance(recipe, dict) else []
-    rows += [(k, _show(run[k])) for k in ("source", "fingerprint", "lplr") if k in run]
+    rows = [(str(k), show(v)) for k, v in recipe.items()] if isinstance(recipe, dict) else []
+    rows += [(k, show(run[k])) for k in ("source", "fingerprint", "lplr") if k in run]
     if calibration:
         sha = calibration.get("sha256")
-        rows.append(
-            ("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else ""))
-        )
-    if _finite(done.get("seconds")) is not None:
+        rows.append(("calibration text", _calibration_sentence(calibration) + (f", sha256 {str(sha)[:12]}…" if sha else "")))
+    if finite(done.get("seconds")) is not None:
         rows.append(("time", f"{number(done['seconds'], 3)} s"))
     return rows
-
-
-def _kinds(records: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
-    """Records by the last part of their name that is no number, the rarest under `other` when there are many kinds."""
-    found: dict[str, list[LayerRecord]] = {}
-    for r in records:
-        parts = [p for p in r.name.removesuffix(".weight").split(".") if not p.isdecimal()]
-        found.setdefault(parts[-1] if parts else r.name, []).append(r)
-    if len(found) <= MOST_KINDS:
-        return found
-    common = sorted(found, key=lambda kind: -len(found[kind]))[: MOST_KINDS - 1]
-    kept = {kind: rs for kind, rs in found.items() if kind in common}
-    return {**kept, "other": [r for kind, rs in found.items() if kind not in common for r in rs]}
 
 
 def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
@@ -262,38 +186,21 @@ def _figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
     from markupsafe import Markup
 
     compressed = [r for r in records if r.stored == "compressed"]
-    kinds = _kinds(compressed)
+    panels = kinds(compressed, MOST_KINDS)
     limits = error_limits(compressed)
-    errors = [
-        (k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(kinds.items())
-    ]
-    spectra = [(k, spectra_of_kind(rs, f"s{i}")) for i, (k, rs) in enumerate(_kinds(records).items())]
-    mean = bits_per_weight(records)
+    errors = [(k, Markup(errors_of_kind(rs, limits, f"e{i}")), _error_summary(rs)) for i, (k, rs) in enumerate(panels.items())]
+    spectra = [(k, spectra_of_kind(rs, f"s{i}")) for i, (k, rs) in enumerate(kinds(records, MOST_KINDS).items())]
     return {
         "errors": errors,
-        "bits": Markup(bits_of_layers(records, mean, "b")) if records else None,
-        "bits_summary": _bits_summary(records, mean),
         "spectra": [(k, Markup(svg)) for k, svg in spectra if svg is not None],
     }
 
 
-def _allocation(line: dict[str, Any], records: Sequence[LayerRecord]) -> dict[str, Any] | None:
-    """What was predicted of the allocation, and the bits per weight of each kind of matrix; None where nothing was allocated."""
-    shared = line.get("layers")
-    if not isinstance(shared, dict):
+def _allocation(line: dict[str, Any]) -> dict[str, str] | None:
+    """What was predicted of the allocation; None where nothing was allocated."""
+    if not isinstance(line.get("layers"), dict):
         return None
-    kinds = _kinds([r for r in records if r.name in shared])
-    rows = []
-    for kind, found in kinds.items():
-        bits = [r.bits_per_weight for r in found]
-        mean = bits_per_weight(found) or sum(bits) / len(bits)
-        rows.append((kind, number(len(found), 9), *(number(v, 3) for v in (mean, min(bits), max(bits)))))
-    return {"predicted": number(line.get("predicted")), "unit": _show(line.get("unit")), "rows": rows}
-
-
-def _range(values: list[float]) -> str:
-    low, high = number(min(values), 3), number(max(values), 3)
-    return low if low == high else f"{low} to {high}"
+    return {"predicted": number(line.get("predicted")), "unit": show(line.get("unit"))}
 
 
 def _error_summary(records: Sequence[LayerRecord]) -> str:
@@ -301,23 +208,14 @@ def _error_summary(records: Sequence[LayerRecord]) -> str:
     parts = []
     for field, word in (("error", "error"), ("certificate", "certificate"), ("bound", "bound"), ("optimal", "optimum")):
         values = [v for r in records if (v := relative(r, field)) is not None]
-        parts.append(f"{word} {_range(values)}" if values else f"no {word}")
+        parts.append(f"{word} {span(values)}" if values else f"no {word}")
     return f"{len(records)} matrices: {', '.join(parts)}"
-
-
-def _bits_summary(records: Sequence[LayerRecord], mean: float) -> str:
-    values = [r.bits_per_weight for r in records]
-    return (
-        f"{len(records)} matrices: {_range(values)} bits per weight, {number(mean)} over the compressed ones"
-        if values
-        else ""
-    )
 
 
 def _numeric(read_value: Callable[[LayerRecord], float | None], digits: int = 4) -> Callable[[LayerRecord], Cell]:
     def cell(record: LayerRecord) -> Cell:
         value = read_value(record)
-        return Cell(number(value, digits), _finite(value))
+        return Cell(number(value, digits), finite(value))
 
     return cell
 
@@ -338,7 +236,7 @@ def _factor_bits(record: LayerRecord) -> Cell:
 
 
 COLUMNS = (
-    Column("Matrix", "name in the model", lambda r: Cell(r.name), numeric=False),
+    Column("Matrix", "name in the model", lambda r: Cell(r.name or DASH), numeric=False),
     Column("Block", "number of the block of the model", _numeric(lambda r: r.block)),
     Column("Shape", "outputs × inputs", _shape),
     Column(

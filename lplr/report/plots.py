@@ -41,7 +41,7 @@ _SERIES = (
 CLASSES = ((_ERROR, "o"), (_CERTIFICATE, "^"), (_OPTIMAL, "s"), (_BOUND, "D"))
 _MARKED = 150  # above that many points a marker on each only blurs the line
 _CURVES = 12  # spectra in one panel
-_PANEL, _WIDE = (3.7, 2.5), (8.6, 2.7)  # inches
+_PANEL = (3.7, 2.5)  # inches
 
 
 def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] | None, slug: str) -> str:
@@ -62,7 +62,7 @@ def errors_of_kind(records: Sequence[LayerRecord], limits: tuple[float, float] |
         axes.set_ylabel("relative to ‖W‖")
         _whole_numbers(axes)
 
-    return drawing(draw, _PANEL, slug)
+    return _drawing(draw, slug)
 
 
 def error_limits(records: Iterable[LayerRecord]) -> tuple[float, float] | None:
@@ -77,27 +77,6 @@ def relative(record: LayerRecord, field: str) -> float | None:
     if value is None or record.stored != "compressed" or not record.norm > 0:
         return None
     return value / record.norm
-
-
-def bits_of_layers(records: Sequence[LayerRecord], mean: float, slug: str) -> str:
-    """Bits per weight of every matrix in model order, compressed and dense ones apart."""
-
-    def draw(axes: Axes) -> None:
-        for stored, colour, marker in (("compressed", _ERROR, "o"), ("dense", _BOUND, "s")):
-            points = [(i, r.bits_per_weight) for i, r in enumerate(records, 1) if r.stored == stored]
-            axes.plot([x for x, _ in points], [y for _, y in points], marker, color=colour, markersize=3.5)
-        axes.axhline(mean, color=_INK, linewidth=1, linestyle="--")
-        values = [r.bits_per_weight for r in records]
-        if min(values) > 0 and max(values) > 4 * min(values):
-            axes.set_yscale("log", base=2)
-            plain_ticks(axes.yaxis, base=2)
-        else:
-            axes.set_ylim(0, 1.15 * max([mean, *values]))
-        axes.set_xlabel("matrix, in model order")
-        axes.set_ylabel("bits per weight")
-        _whole_numbers(axes)
-
-    return drawing(draw, _WIDE, slug)
 
 
 def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
@@ -127,7 +106,7 @@ def spectra_of_kind(records: Sequence[LayerRecord], slug: str) -> str | None:
         axes.set_xlabel("index i")
         axes.set_ylabel("σᵢ / σ₁")
 
-    return drawing(draw, _PANEL, slug)
+    return _drawing(draw, slug)
 
 
 def neuron(x: Sequence[float], y: Sequence[float], classes: Sequence[int], own: Sequence[tuple[float, float]],
@@ -145,7 +124,7 @@ def neuron(x: Sequence[float], y: Sequence[float], classes: Sequence[int], own: 
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
 
-    return drawing(draw, _PANEL, slug)
+    return _drawing(draw, slug)
 
 
 def accuracy_of_sizes(points: Sequence[tuple[int, float, float]], chosen: int, slug: str) -> str:
@@ -160,7 +139,7 @@ def accuracy_of_sizes(points: Sequence[tuple[int, float, float]], chosen: int, s
         axes.set_ylabel("accuracy")
         _whole_numbers(axes)
 
-    return drawing(draw, _WIDE, slug)
+    return _drawing(draw, slug)
 
 
 def lengths_of_path(lams: Sequence[float], lengths: Sequence[Sequence[float]], slug: str) -> str:
@@ -176,7 +155,7 @@ def lengths_of_path(lams: Sequence[float], lengths: Sequence[Sequence[float]], s
         axes.set_xlabel("λ")
         axes.set_ylabel("‖Uᵢ‖")
 
-    return drawing(draw, _WIDE, slug)
+    return _drawing(draw, slug)
 
 
 def plain_ticks(axis: Axis, base: int = 10) -> None:
@@ -197,7 +176,7 @@ def _whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
 
 
-def drawing(draw: Callable[[Axes], None], size: tuple[float, float], slug: str) -> str:
+def _drawing(draw: Callable[[Axes], None], slug: str) -> str:
     """Draw on fresh axes and return the <svg> element, hidden from screen readers: its figure tells what it shows."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -219,7 +198,7 @@ def drawing(draw: Callable[[Axes], None], size: tuple[float, float], slug: str) 
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=_PANEL, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.grid(True, which="major", linewidth=0.6)

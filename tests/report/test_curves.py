@@ -30,7 +30,7 @@ def test_the_page_shows_every_size_and_the_chosen_one(tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("changes", [{"sizes": [{}]}, {"sizes": None}, {"chosen": "many"}, {"head": []}])
+@pytest.mark.parametrize("changes", [{"sizes": [{}]}, {"sizes": []}, {"sizes": None}, {"chosen": "many"}, {"head": []}])
 def test_a_damaged_file_is_named(tmp_path: Path, changes: dict[str, Any]):
     with pytest.raises(OutputError, match=r"prune\.json is missing or damaged"):
         write_pruning(pruned(tmp_path, **changes))

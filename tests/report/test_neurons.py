@@ -22,7 +22,8 @@ def facts(text: str = "fine", neurons: int = 2) -> dict[str, Any]:
     }  # fmt: skip
     return {
         "head": f"/x/{text}", "dataset": text, "samples": 3, "accuracy": 0.5, "classes": [text, "other"], "kind": "gated",
-        "network_neurons": 9, "linear_effect": 0.1, "labels": [0, 1, 0], "neurons": [neuron] * neurons,
+        "network_neurons": 9, "linear_effect": 0.1, "labels": [0, 1, 0],
+        "neurons": [{**neuron, "number": 3 + i} for i in range(neurons)],
     }  # fmt: skip
 
 
