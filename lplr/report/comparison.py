@@ -60,7 +60,7 @@ def draw(evaluations: Sequence[dict[str, Any]]) -> str | None:
             axes.annotate(label, (model["bits_per_weight"], e["perplexity"]), **place)
         first = points[0][1]
         base, theirs = first.get("base"), first.get("base_perplexity")
-        if base and _finite(theirs):
+        if base and theirs is not None and _finite(theirs):
             axes.axhline(theirs, color="black", linewidth=1, linestyle="--")
             label = f"{base['name']} uncompressed, {base['bits_per_weight']:.3g} bits per weight, {size(base['bytes'])}"
             axes.annotate(label, (0.01, theirs), xycoords=("axes fraction", "data"), textcoords="offset points", xytext=(0, -11))
