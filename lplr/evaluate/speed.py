@@ -69,7 +69,7 @@ def measure(path: Path, device: str) -> Speed:
     model = load_model(path, dtype="auto")  # type: ignore[arg-type]
     nn.Module.to(model, device)
     loaded = time.perf_counter() - started
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = int(model.config.get_text_config().vocab_size)
     prompt = torch.randint(vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to(device)
     rounds = [_round(model, prompt) for _ in range(1 + ROUNDS)][1:]
     return Speed(

@@ -85,9 +85,10 @@ def score(
     not of single samples.
     """
     with _quiet():
-        lm = _Answers(model, tokenizer, batch_size, kept or Kept(), progress or (lambda *_: None))
+        wrapper: Any = _Answers  # lm-eval hides its own methods from type checkers by a decorator
+        lm = wrapper(model, tokenizer, batch_size, kept or Kept(), progress or (lambda *_: None))
         with redirect_stderr(io.StringIO()):  # the bars that lm-eval draws while it builds requests cannot be turned off
-            found = evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
+            found: Any = evaluate(lm, {"tasks": tasks}, limit=limit, bootstrap_iters=0, log_samples=True)
     assert found is not None
     out = []
     for name, task in tasks.items():
@@ -127,7 +128,7 @@ class _Answers(HFLM):
         self._all, self._done = len(requests), len(requests) - len(left)
         if left:
             with redirect_stderr(self._stderr):  # our own progress is shown
-                super().loglikelihood(left, disable_tqdm=True)
+                HFLM.loglikelihood(self, left, disable_tqdm=True)  # type: ignore[call-arg]
         answers = (self._kept[_key(request.args)] for request in requests)
         return [(float(value), bool(greedy)) for value, greedy in answers]
 
