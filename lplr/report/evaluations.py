@@ -114,6 +114,7 @@ def _speed(text: str, s: dict[str, Any]) -> dict[str, str]:
         "Written, tokens a second": number(s.get("writing"), 3),
         "Read, tokens a second": number(s.get("reading"), 3),
         "Peak memory": size(s.get("peak_memory")),
+        "Of it before loading": size(s.get("idle_memory")),
         "Loading": DASH if finite(s.get("load_seconds")) is None else f"{number(s['load_seconds'], 3)} s",
         "Where": f"{show(s.get('dtype'))}, {show(s.get('device'))}, {number(s.get('threads'), 9)} threads",
     }

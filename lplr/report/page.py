@@ -252,12 +252,8 @@ COLUMNS = (
     Column("Certificate", "upper bound of the error, relative", _numeric(lambda r: relative(r, "certificate"))),
     Column("Probes", "certificate from random probes, relative", _numeric(lambda r: relative(r, "probe_certificate"))),
     Column("Bound", "what the theorem promised beforehand, relative", _numeric(lambda r: relative(r, "bound"))),
-    Column(
-        "Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))
-    ),
-    Column(
-        "Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)
-    ),
+    Column("Optimum", "best error at this rank without quantization, relative", _numeric(lambda r: relative(r, "optimal"))),
+    Column("Output error", "relative error of the outputs on the calibration text", _numeric(lambda r: r.weighted_error)),
     Column("Seconds", "time it took", _numeric(lambda r: r.seconds, 3)),
     Column("Note", "what the method has to say", lambda r: Cell(r.note or DASH), numeric=False),
 )

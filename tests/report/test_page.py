@@ -118,7 +118,8 @@ TASKS = [
     },
 ]  # fmt: skip
 SPEED = {
-    "prompt": 128, "written": 32, "reading": 151.2, "writing": 12.34, "peak_memory": 712_345_678, "load_seconds": 1.5,
+    "prompt": 128, "written": 32, "reading": 151.2, "writing": 12.34, "peak_memory": 712_345_678, "idle_memory": 301_000_000,
+    "load_seconds": 1.5,
     "dtype": "bfloat16", "device": "cpu", "threads": 2,
 }  # fmt: skip
 
@@ -155,7 +156,7 @@ def test_page_tells_what_is_proved_tasks_and_speed(tmp_path: Path) -> None:
         "builtin:heldout 95 % 148 0.400, at most 0.912 1.520, at most 2.610 29.0 %, at most 43.2 % 0.010 -0.030",
         "arc_easy acc 2,376 56.31 % ± 1.02 50.12 % ± 1.03 -6.19 (-8.12 to -4.31) 18.3 % the Hub",
         "lambada_openai perplexity 5,153 – 31.25 ± 1.50 – – lambada.jsonl",
-        "12.3 151 712.3 MB 1.50 s bfloat16, cpu, 2 threads",
+        "12.3 151 712.3 MB 301 MB 1.50 s bfloat16, cpu, 2 threads",
     ):  # fmt: skip
         assert expected in page.text, expected
 
