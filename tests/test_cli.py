@@ -324,7 +324,7 @@ def test_out_of_memory_is_told(base: Path, tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("lplr.stream.compress.factorize", fail)
+    monkeypatch.setattr("lplr.stream.matrix.factorize", fail)
     one_line(call("compress", base, "-o", tmp_path / "out", "--bits", 4, *DATA_FREE), "out of memory: .*--dry-run")
 
 
@@ -332,7 +332,7 @@ def test_a_fault_of_the_program_is_not_hidden(base: Path, tmp_path: Path, monkey
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lplr.stream.compress.factorize", fail)
+    monkeypatch.setattr("lplr.stream.matrix.factorize", fail)
     result = call("compress", base, "-o", tmp_path / "out", "--bits", 4, *DATA_FREE)
     assert isinstance(result.exception, RuntimeError) and result.exit_code == 1
 
@@ -365,7 +365,7 @@ def test_interrupted_it_says_how_to_go_on(base: Path, tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lplr.stream.compress.factorize", stop)
+        patch.setattr("lplr.stream.matrix.factorize", stop)
         result = call("compress", base, "-o", tmp_path / "out", "--bits", 4, *DATA_FREE)
     assert result.exit_code == 130 and result.stderr == "stopped; run the same command again to go on\n"
     assert call("compress", base, "-o", tmp_path / "out", "--bits", 4, *DATA_FREE).exit_code == 0
