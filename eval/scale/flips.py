@@ -2,8 +2,9 @@
 
     python eval/scale/flips.py [--flips 10000] [--seed 0] [--folder DIR]
 
-Bits are drawn evenly over the files, and within a file over its bits, so that small ones (config.json, run.jsonl) are hit as
-often as the shards.  Without --folder a pico model is compressed for it.  The result goes to eval/results/flips.json.
+Bits are drawn evenly over the files but the card (README.md, which `lplr push` writes again), and within a file over its bits, so
+that small ones (config.json, run.jsonl) are hit as often as the shards.  Without --folder a pico model is compressed for it.  The
+result goes to eval/results/flips.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import checkpoints  # noqa: E402  (of the tests: pico models on disk)
 
 from lplr.errors import VerificationError  # noqa: E402
+from lplr.hf.card import CARD  # noqa: E402
 from lplr.recipe import make_recipe  # noqa: E402
 from lplr.stream.compress import compress  # noqa: E402
 from lplr.stream.verify import verify  # noqa: E402
@@ -32,7 +34,8 @@ from lplr.stream.verify import verify  # noqa: E402
 def flips(folder: Path, count: int, seed: int) -> Iterator[tuple[str, int, str]]:
     """(file, bit, what verify said or "" when it said nothing) for each flip; the folder is as it was afterwards."""
     draw = random.Random(seed)
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    unwatched = {CARD}  # `lplr push` writes it again with what was measured later
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in unwatched)
     for _ in range(count):
         path = folder / draw.choice(names)
         raw = path.read_bytes()

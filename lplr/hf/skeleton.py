@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lplr.errors import CheckpointError, UnsupportedModel
 from lplr.hf.hostile import FAULTS, check_counts, first_line
 from lplr.hf.weight_file import reading
-from lplr.nn import is_linear
+from lplr.nn import LowRankLinear, is_linear
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -150,6 +150,9 @@ def release(module: nn.Module) -> None:
     slots = _slots(module)
     for names in _names_of(slots).values():
         _assign(module, names, slots[names[0]].detach().to("meta"))
+    for layer in module.modules():
+        if isinstance(layer, LowRankLinear):
+            layer.forget()
 
 
 def _slots(module: nn.Module) -> dict[str, Tensor]:

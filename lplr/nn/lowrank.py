@@ -111,6 +111,10 @@ class LowRankLinear(nn.Module):
         bias = self._parameters["bias"]  # what looks like self.bias is a search, as long as a small product
         return y if bias is None else y + bias.to(y.dtype)
 
+    def forget(self) -> None:
+        """Drop what was made of the stored tensors to multiply with them, and holds them: the next product makes it again."""
+        self._layer = None
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made of the stored tensors to multiply with them."""
         return {**self.__dict__, "_layer": None}

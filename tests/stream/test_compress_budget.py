@@ -125,5 +125,6 @@ def test_memory_is_that_of_one_block_however_many_there_are(tmp_path: Path):
     few, many = peak(tmp_path / "few", 2), peak(tmp_path / "many", 24)
     assert sum(p.stat().st_size for p in (tmp_path / "many").glob("*.safetensors")) > 20 * block
     assert many < 4 * block + 1.5 * 2**30
-    # 22 blocks more: kept as they are they would take 77 MiB, in float32 twice that; the allocator's slack differs by up to 40
-    assert many - few < 55 * 2**20
+    # 22 blocks more: kept as they are they would take 77 MiB, in float32 twice that; 54 to 67 were seen when the layers that are
+    # done held on to what they multiply with, 23 since
+    assert many - few < 45 * 2**20

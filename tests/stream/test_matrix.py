@@ -70,7 +70,7 @@ def made(W: Tensor, method: str, H: Tensor | None, bits: float = 4, **seen: Tens
     if not (fmt.rank or fmt.q_bits):
         return None
     p = LayerPlan("x", 0, (W.shape[0], W.shape[1]), False, asked, spec, fmt, 32 * W.numel())
-    return compress_matrix(recipe, p, W, Seen(H, **seen), torch.device("cpu"))
+    return compress_matrix(recipe, p, W, Seen(H, **seen), torch.device("cpu")).certified()
 
 
 @pytest.mark.parametrize("method", ["auto", *METHOD_NAMES])
