@@ -112,9 +112,9 @@ def compress(
         settings = {**(load_recipe(recipe) if recipe else {}), **flags}
         if "model" not in settings:
             raise RecipeError("no model given: name a folder, a GGUF file or a Hub id")
-        chosen = _with_budget(make_recipe(settings), size, fit, context, bits is not None)
+        chosen = _with_budget(make_recipe(settings), size, fit, context, bits is not None, allow_pickle)
         if dry_run:
-            _dry_run(chosen)
+            _dry_run(chosen, allow_pickle)
             return
         from lplr.stream.compress import compress as run
 
@@ -132,7 +132,9 @@ def compress(
             _push(folder, push_to_hub, private, None)
 
 
-def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool) -> Recipe:
+def _with_budget(
+    recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool
+) -> Recipe:
     """The recipe with the bits that a size or a device allows, where one is named."""
     if size is None and fit is None:
         return recipe
@@ -141,7 +143,7 @@ def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int
     from lplr.stream.budget import bits_for_memory, bits_for_size, parse_size
     from lplr.stream.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(recipe.model, recipe.revision, notice)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision, notice, allow_pickle=allow_pickle)
     if size is not None:
         bits = bits_for_size(checkpoint, recipe, parse_size(size))
     else:
@@ -156,11 +158,11 @@ def _default_folder(recipe: Recipe) -> Path:
     return Path(f"{name.removesuffix('.gguf')}-LPLR-{recipe.bits:g}bpw")
 
 
-def _dry_run(recipe: Recipe) -> None:
+def _dry_run(recipe: Recipe, allow_pickle: bool) -> None:
     from lplr.stream.checkpoint import open_checkpoint, plan_layers
     from lplr.stream.estimate import estimate
 
-    checkpoint = open_checkpoint(recipe.model, recipe.revision, notice)
+    checkpoint = open_checkpoint(recipe.model, recipe.revision, notice, allow_pickle=allow_pickle)
     plans = plan_layers(checkpoint, recipe)
     tables.plan(plans, estimate(checkpoint, plans, recipe))
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from runs import fingerprints, run, settings
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from lplr.cli import app
 from lplr.errors import CheckpointError
 from lplr.stream.pickles import PICKLE, PICKLE_INDEX, PickleSource
 
@@ -48,6 +50,16 @@ def test_pickles_are_refused_unless_allowed_and_then_give_the_same_model(tmp_pat
         assert found.shape(name) == tuple(tensor.shape) and found.nbytes(name) == tensor.nbytes
     with pytest.raises(CheckpointError, match="no tensor x"):
         found.get("x")
+
+
+@pytest.mark.parametrize("asked", [("--dry-run", "--bits", "4"), ("--size", "1MiB", "--dry-run")])
+def test_the_command_allows_them_in_a_dry_run_and_for_a_size_too(asked: tuple[str, ...], tmp_path: Path):
+    source = checkpoints.write(tmp_path / "base", "llama", num_hidden_layers=1)
+    pickled(source)
+    arguments = ["compress", str(source), *asked]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and "--allow-pickle" in refused.output
+    assert CliRunner().invoke(app, [*arguments, "--allow-pickle"]).exit_code == 0
 
 
 def test_a_pickle_that_would_run_code_does_not(tmp_path: Path):
