@@ -71,6 +71,8 @@ def draw(
         parts.append(sample(inner, P - normal, generator))
     gates = Gates(torch.cat([p.vectors for p in parts], 1), torch.cat([p.offsets for p in parts]))
     gates = Gates(torch.where(frame.varies[:, None], gates.vectors, 0.0), gates.offsets if offsets else 0 * gates.offsets)
+    if not offsets:
+        gates = tilted(gates, inner)
     gates = fold_gates(gates, frame.mean, frame.scale)
     if offsets:
         gates = settled(gates, X)
@@ -83,6 +85,25 @@ def draw(
         sizes = f"n_samples = {len(X)}, n_features = {X.shape[1]}"
         raise RecipeError(f"of {P} gates none is open on a sample ({sizes}): raise n_gates, or take the linear block")
     return gates[kept], D[:, kept]
+
+
+def tilted(gates: Gates, X: Tensor) -> Gates:
+    """Gates without offsets, turned so that no sample is on a hyperplane: those that were are open, half way to the next sample.
+
+    Samples that are zero, and such that depend on one another in a way that keeps one of them closed, stay where they are.
+    """
+    scores = X @ gates.vectors
+    clear = scores.abs() > ON * (X.abs() @ gates.vectors.abs()).amax(0)
+    on = ~clear & X.any(1, keepdim=True)
+    vectors = gates.vectors.clone()
+    for k in on.any(0).nonzero()[:, 0]:
+        rows = X[on[:, k]]
+        turn = torch.linalg.pinv(rows).sum(1)  # rows @ turn = 1, where they allow it
+        change = X @ turn
+        if (rows @ turn).amin() > 0.5:
+            room = (scores[:, k] / change).abs()[clear[:, k] & (change != 0)]
+            vectors[:, k] += turn * (room.amin() / 2 if len(room) else 1.0)
+    return Gates(vectors, gates.offsets)
 
 
 def settled(gates: Gates, X: Tensor) -> Gates:

@@ -43,8 +43,9 @@ def test_features_are_standardised(seed, n, d, ones):
     frame = Frame.of(X, standardize=True, ones=ones)
     found, samples = frame.apply(X).numpy(), X.numpy()
     wanted = (samples - samples.mean(0)) / samples.std(0)
-    # rounding of x - mean, of its own spread: at most 50 / 1e-3, times n
-    assert np.abs(found[:, :d] - wanted).max() < 1e-16 * 5e4 * n * 10
+    # rounding of x - mean and of the spread, in spreads: two samples may be much nearer to each other than 1e-3
+    apart = np.abs(samples).max(0) / samples.std(0)
+    assert (np.abs(found[:, :d] - wanted) < 1e-16 * np.maximum(apart, 1) * n * 10).all()
     assert found.shape == (n, d + ones) and (not ones or (found[:, -1] == 1).all())
     new = normal(seed + 2, 3, d)
     assert frame.apply(new)[:, :d].numpy() == pytest.approx((new.numpy() - samples.mean(0)) / samples.std(0), rel=1e-9, abs=1e-9)
@@ -166,6 +167,15 @@ def test_drawn_gates(seed, kind, P, ones, linear, offsets, standardize, n):
         assert (middle @ rest.vectors + rest.offsets).abs().max() < 1e-12 * (1 + rest.vectors.abs().max() * 10)
     again, _ = draw(kind, X, P, frame, generator(seed), linear=linear, offsets=offsets)
     assert torch.equal(again.vectors, gates.vectors) and torch.equal(again.offsets, gates.offsets)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_gates_through_samples_leave_none_on_a_hyperplane(standardize):
+    X = normal(4, 12, 3) + 1
+    frame = Frame.of(X, standardize=standardize, ones=False)
+    gates, D = draw("wedge", X, 20, frame, generator(0), linear=False, offsets=False)
+    scores, sizes = X @ gates.vectors + gates.offsets, X.abs() @ gates.vectors.abs() + gates.offsets.abs()
+    assert (scores.abs() > 1e-6 * sizes).all() and torch.equal(D, scores > 0)  # rounding is 1e-15 of the sizes
 
 
 @pytest.mark.parametrize("standardize", [False, True])
