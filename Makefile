@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 # the CPU build of torch; a machine with a GPU sets TORCH=torch
 TORCH ?= torch==2.13.0
+# a file is tested by one of two processes: fixtures of a file are made once, and a machine of two cores is busy
+WORKERS ?= 2
 PYTEST_ARGS ?=
 # threads that wait must not spin: a second busy process would slow every small operation down many times
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -22,7 +24,7 @@ demo: $(STAMP)  ## compress, evaluate, report and run SmolLM2-135M-Instruct
 	$(BIN)/lplr demo
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)  ## the tests of the GPU kernels, on a machine with a GPU: TORCH=torch make test-gpu
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)

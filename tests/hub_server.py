@@ -2,7 +2,7 @@
 
 Candidates of the package index were judged first: hf-local-hub ships a client without its server, olah mirrors for reading only.
 Spoken are repos/create, branch, preupload, git-lfs batch (basic transfer) with verify, commit (ndjson), revision, tree and
-resolve, as the Hub documents them (https://huggingface.co/docs/hub/api) and git-lfs does (docs/api/batch.md).  Xet storage is
+resolve, as the Hub documents them (its page on the API) and git-lfs does (docs/api/batch.md).  Xet storage is
 not: clients set HF_HUB_DISABLE_XET=1.
 """
 
