@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_curves import pruned
 from test_neurons import facts
 from test_page import EVALUATION, HOSTILE, PROVED, SPEED, TASKS, full_run, record
+from test_report_curves import pruned
 
 from lplr import records
 from lplr.report import write_report
