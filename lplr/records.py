@@ -2,10 +2,11 @@
 
 run.jsonl holds one JSON object a line, told apart by `kind`:
 
-    run     first line: format version, fingerprint, the recipe, the source's identity
-    layer   one LayerRecord
-    block   a shard is complete: its file name, bytes and SHA-256 (a block counts only if this line is there)
-    done    last line: totals, the SHA-256 of every other file of the folder, and the seal of this one (`seal`)
+    run         first line: format version, fingerprint, the recipe, the source's identity
+    allocation  the bits of every matrix and the curves they were chosen by (`stream.allocation`)
+    layer       one LayerRecord
+    block       a shard is complete: its file name, bytes and SHA-256 (a block counts only if this line is there)
+    done        last line: totals, the SHA-256 of every other file of the folder, and the seal of this one (`seal`)
 """
 
 from __future__ import annotations

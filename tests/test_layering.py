@@ -28,7 +28,7 @@ DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "scipy": "convex", "lm_ev
 DOORS |= {"peft": "hf", "vllm": "hf", "bitsandbytes": "hf"}
 # a head joins a language model and a convex programme: files on each side
 JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.hf.classifier": {"convex"}}
-JOINTS |= {"lplr.convex.prune_head": {"hf", "stream"}, "lplr.convex.explain": {"hf"}}
+JOINTS |= {"lplr.convex.prune_head": {"hf", "files"}, "lplr.convex.explain": {"hf", "files"}}
 
 
 def part_of(module: str) -> str:

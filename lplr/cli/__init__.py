@@ -40,6 +40,9 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lplr
 Against = Annotated[
     str | None, typer.Option(metavar="BASE", help="The base model: folder, GGUF file or Hub id.", show_default=False)
 ]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
+]
 _SETTINGS, _RUN = "What to do (default: the recipe's, or the one shown)", "How to run"
 
 
@@ -102,9 +105,7 @@ def compress(
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
     push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
     private: Annotated[bool, _run_option("--private", text="Keep a repository that --push-to-hub makes now private.")] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
-    ] = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
@@ -272,13 +273,13 @@ def inspect(
 
 
 @app.command()
-def verify(folder: Folder, against: Against = None) -> None:
+def verify(folder: Folder, against: Against = None, allow_pickle: AllowPickle = False) -> None:
     """Check every file and tensor of a compressed folder; with --against, every layer's error against its certificate."""
     with clear_errors():
         from lplr.stream.verify import verify as check
 
         with progress_bar("verify") as step:
-            v = check(folder, against, progress=step)
+            v = check(folder, against, allow_pickle=allow_pickle, progress=step)
         counts = f"{v.files} files, {v.tensors} tensors, {v.layers} layers, {v.bits_per_weight:.4f} bits per weight"
         out.print(f"{escape(str(folder))}: {counts}: intact", soft_wrap=True)
         if v.worst is not None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor
 from lplr.convex.heads import features_of
 from lplr.convex.network import GatedNetwork, load
 from lplr.convex.neurons import Neuron, explain
-from lplr.errors import CheckpointError, DatasetError, OutputError, RecipeError
+from lplr.errors import CheckpointError, RecipeError
+from lplr.files import write_text_atomic
 from lplr.hf.classifier import WEIGHTS, HeadConfig, backbone_of, is_head
 from lplr.hf.labelled import Labelled, read_labelled
 
@@ -68,14 +68,11 @@ def explain_head(
     config: Any = HeadConfig.from_pretrained(head)
     data = read_labelled(dataset, limit=limit)
     classes = [config.id2label[i] for i in range(len(config.id2label))]
-    strange = sorted(set(data.labels) - set(classes))
-    if strange:
-        raise DatasetError(f"{data.name}: label {strange[0]!r} is none of the head's, {', '.join(classes)}: use the same labels")
+    y = torch.tensor(data.numbers(classes, str(head)))
     settings = {"pooling": config.pooling, "seqlen": config.seqlen}
     step = progress or (lambda *_: None)
     X, _ = features_of(backbone_of(head, config), data, None, settings, head.parent, device, step)
     network = load(head / WEIGHTS).double()
-    y = torch.tensor([classes.index(label) for label in data.labels])
     found = explain(network, X, samples=samples)
     with torch.no_grad():
         accuracy = (network(X.double()).argmax(1) == y).double().mean().item()
@@ -92,7 +89,7 @@ def explain_head(
         labels=y[shown].tolist(),
         neurons=[_told(neuron, data, classes, shown) for neuron in found[:neurons]],
     )
-    _write(head / EXPLANATION, asdict(said))
+    write_text_atomic(head / EXPLANATION, json.dumps(asdict(said), indent=1) + "\n")
     return said
 
 
@@ -131,14 +128,3 @@ def _told(neuron: Neuron, data: Labelled, classes: list[str], shown: Tensor) -> 
         "closed": texts(closers),
         "points": points | {"samples": [[float(t[j]) for t in drawn] for j in neuron.samples]},
     }
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    """Replace the file as a whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror}): check the disk and its permissions") from None

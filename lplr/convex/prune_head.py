@@ -24,10 +24,10 @@ from lplr.convex.gates import Gates
 from lplr.convex.heads import FACTS, HeadFit, estimators_module, features_of, fit_features, held_apart, write
 from lplr.convex.network import GatedNetwork, Network, load
 from lplr.convex.prune import Sized, contributions, least_squares, smallest
-from lplr.errors import CheckpointError, DatasetError, OutputError
+from lplr.errors import CheckpointError, OutputError
+from lplr.files import write_text_atomic
 from lplr.hf.classifier import WEIGHTS, HeadConfig, backbone_of, is_head
 from lplr.hf.labelled import read_labelled
-from lplr.stream.shards import write_text_atomic
 
 PRUNED = "prune.json"  # in the new head's folder; `report.curves` makes a page of it
 SIZES = 10  # in the row, equal factors apart
@@ -86,15 +86,13 @@ def prune_head(
     folder = backbone_of(head, config)
     data = read_labelled(dataset, limit=limit)
     rest = read_labelled(held_out, split="heldout") if held_out is not None else None
-    _same_labels(head, old["classes"], *(one for one in (data, rest) if one is not None))
+    y, yt = (None if one is None else torch.tensor(one.numbers(old["classes"], str(head))) for one in (data, rest))
+    assert y is not None
     started = time.perf_counter()
     X, Xt = features_of(folder, data, rest, old["settings"], head.parent, device, step)
     seen = time.perf_counter()
-    y = torch.tensor([old["classes"].index(label) for label in data.labels])
-    if rest is None or Xt is None:
+    if Xt is None or yt is None:
         X, y, Xt, yt = held_apart(X, y, old["settings"]["seed"])
-    else:
-        yt = torch.tensor([old["classes"].index(label) for label in rest.labels])
     lam, settings = float(old["lam"]), old["settings"]
     orders = _orders(network, X, gates)
     found = _measured(network, orders, (X, y), (Xt, yt), settings, lam, step)
@@ -110,15 +108,6 @@ def prune_head(
     result = HeadPruned(made, network.shape[0], chosen, found)
     write_text_atomic(target / PRUNED, json.dumps(asdict(result), indent=1) + "\n")
     return result
-
-
-def _same_labels(head: Path, classes: list[str], *texts: Any) -> None:
-    for one in texts:
-        strange = sorted(set(one.labels) - set(classes))
-        if strange:
-            raise DatasetError(
-                f"{one.name}: label {strange[0]!r} is none of {head}'s, {', '.join(classes)}: use the head's own text"
-            )
 
 
 def _orders(network: Network, X: Tensor, gates: int | None) -> dict[int, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 import lplr
-from lplr.errors import DatasetError
 from lplr.files import write_text_atomic
 from lplr.hf.classifier import HeadModel
 from lplr.hf.features import encode, features
-from lplr.hf.labelled import Labelled, read_labelled
+from lplr.hf.labelled import read_labelled
 from lplr.hf.load import load_tokenizer
 from lplr.stream.device import usable_device
 
@@ -78,7 +77,7 @@ def evaluate_head(
     data = read_labelled(dataset, split="heldout")
     model: HeadModel = HeadModel.from_pretrained(folder)
     torch.nn.Module.to(model, where)
-    y = classes_of(data, model.labels, folder)
+    y = torch.tensor(data.numbers(model.labels, folder))
     tokens = encode(load_tokenizer(folder), data.texts, model.config.seqlen)
     X = features(model.backbone, tokens, pooling=model.config.pooling, progress=progress)
     with torch.inference_mode():
@@ -100,13 +99,3 @@ def as_table(found: Classified) -> list[tuple[str, str]]:
         ("NLL", f"{found.nll:.4f} nats"),
         ("calibration error", f"{found.calibration_error:.4f}"),
     ]
-
-
-def classes_of(data: Labelled, classes: Sequence[str], folder: str | Path) -> Tensor:
-    """Class numbers (n,); DatasetError for a label that is none of the classes."""
-    numbers = {label: i for i, label in enumerate(classes)}
-    strange = sorted(set(data.labels) - set(numbers))
-    if strange:
-        told = ", ".join(classes)
-        raise DatasetError(f"{data.name}: label {strange[0]!r} is unknown to {folder}, which knows {told}: use the same labels")
-    return torch.tensor([numbers[label] for label in data.labels])

@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,14 @@ class Labelled:
             raise DatasetError(f"dataset {name!r} holds no labelled text: give one that does")
         digest = hashlib.sha256("".join(f"{len(text)}:{text}" for text in texts).encode("utf-8", "replace")).hexdigest()
         return cls(name, texts, labels, digest)
+
+    def numbers(self, classes: Sequence[str], owner: str) -> list[int]:
+        """The number of each label among the classes of `owner`; DatasetError for a label that is none of them."""
+        number = {label: i for i, label in enumerate(classes)}
+        if strange := sorted(set(self.labels) - set(number)):
+            told = ", ".join(classes)
+            raise DatasetError(f"{self.name}: label {strange[0]!r} is none of {owner}, which knows {told}: use the same labels")
+        return [number[label] for label in self.labels]
 
 
 def read_labelled(dataset: str, *, split: str = "train", limit: int | None = None) -> Labelled:

@@ -57,11 +57,13 @@ class _Folder:
     held: dict[str, Entry]
 
 
-def verify(folder: Path | str, against: str | None = None, *, progress: Step | None = None) -> Verified:
+def verify(
+    folder: Path | str, against: str | None = None, *, allow_pickle: bool = False, progress: Step | None = None
+) -> Verified:
     """Check a folder written by `compress`; with `against`, recompute every layer's error from the base model's weights.
 
     Raises VerificationError at the first file, tensor, bit count or certificate that is not as recorded, and the errors
-    of `open_checkpoint` for a base model that cannot be read.
+    of `open_checkpoint` for a base model that cannot be read; allow_pickle: pickled weights of a base model's folder are read.
     """
     path, step = Path(folder), progress or (lambda *_: None)
     entries = _entries(path)
@@ -74,7 +76,9 @@ def verify(folder: Path | str, against: str | None = None, *, progress: Step | N
     except (CheckpointError, OutputError) as error:  # the files are those of the run, but say what no run says
         raise VerificationError(str(error)) from None
     _check_tensors(found)
-    worst, name = _check_against(found, against, step) if against is not None else (None, "")
+    worst, name = None, ""
+    if against is not None:
+        worst, name = _check_against(found, open_checkpoint(against, allow_pickle=allow_pickle), against, step)
     return Verified(len(done["files"]), len(found.held), len(found.rows), done["bits_per_weight"], worst, name)
 
 
@@ -92,7 +96,7 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     if not entries or entries[-1]["kind"] != "done":
         raise VerificationError(f"{folder} is not finished: run the same `lplr compress` command again to go on")
     done = {k: v for k, v in entries[-1].items() if k != "ledger_sha256"}
-    sealed = entries[-1].get("seal")  # None in folders older than the seal; a seal that was taken out is told by the digest's key
+    sealed = entries[-1].get("seal")  # None in folders older than the seal; no accident takes it out
     if digest([*entries[:-1], done]) != entries[-1].get("ledger_sha256") or (
         sealed is not None and records.seal((folder / LEDGER).read_bytes(), str(sealed)) != sealed
     ):
@@ -174,9 +178,8 @@ def _check_tensors(found: _Folder) -> None:
         raise VerificationError(f"{found.path} takes {total / weights} bits per weight, its record says {told}: {AGAIN}")
 
 
-def _check_against(found: _Folder, against: str, step: Step) -> tuple[float, str]:
+def _check_against(found: _Folder, base: Checkpoint, against: str, step: Step) -> tuple[float, str]:
     """The largest error / certificate over the layers, and where; VerificationError above 1, or for another base model."""
-    base = open_checkpoint(against)
     total = float(sum(fmt.shape[0] * fmt.shape[1] for fmt in found.layers.values()))
     seen, worst, worst_layer = 0.0, 0.0, ""
     for name, fmt in found.layers.items():

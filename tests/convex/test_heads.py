@@ -119,7 +119,7 @@ def test_many_classes_and_the_command(folder: Path, tmp_path: Path):
     kept = json.loads((tmp_path / "head" / "eval-three.jsonl.json").read_text())
     assert kept["samples"] == 150 and kept["accuracy"] > 0.5
     two = labelled(tmp_path / "two.jsonl", 10)
-    with pytest.raises(DatasetError, match="label 'bad' is unknown to"):
+    with pytest.raises(DatasetError, match="label 'bad' is none of"):
         evaluate_head(str(tmp_path / "head"), two)
     assert CliRunner().invoke(app, [*given[:-1], "much"]).exit_code == 2
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from lplr.cli import app
 from lplr.errors import CheckpointError
 from lplr.stream.pickles import PICKLE, PICKLE_INDEX, PickleSource
+from lplr.stream.verify import verify
 
 
 class Evil:
@@ -42,6 +43,9 @@ def test_pickles_are_refused_unless_allowed_and_then_give_the_same_model(tmp_pat
     notes: list[str] = []
     run(settings(source), tmp_path / "out", allow_pickle=True, notify=notes.append)
     assert any("can run code" in note for note in notes)
+    with pytest.raises(CheckpointError, match="--allow-pickle"):
+        verify(tmp_path / "out", str(source))
+    assert verify(tmp_path / "out", str(source), allow_pickle=True).worst is not None
     assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "safe")
     found = PickleSource(source, [PICKLE])
     assert found.names() == tuple(sorted(tensors))
