@@ -98,6 +98,20 @@ class Rule(_Spec):
     factor_bits: int | None = Field(default=None, ge=1, le=8)
 
 
+class Recovery(_Spec):
+    """What is tuned after rounding, on the calibration text (`lplr.recover`).
+
+    epochs: passes over the calibration rows for each block; 0: none.  distill_epochs: passes for the whole model, afterwards.
+    lr: step size of the latents in units of their grid's points, with 0 codes stay as they are; scale_lr: that of norms and
+    biases, and of the logarithms of scales.
+    """
+
+    epochs: int = Field(default=0, ge=0, le=1000)
+    distill_epochs: int = Field(default=0, ge=0, le=1000)
+    lr: float = Field(default=0.02, ge=0, le=1)
+    scale_lr: float = Field(default=1e-3, ge=0, le=1)
+
+
 class Recipe(_Spec):
     """One compression run.  Everything that changes a stored byte stands here, and nothing else.
 
@@ -106,7 +120,8 @@ class Recipe(_Spec):
     the budget (`factor.rank.default_factor_bits`).  dataset: `builtin`, `none` (data-free), a text or jsonl
     file, or the name of a dataset of the Hub.  allocation: `sensitivity` gives bits where the loss minds their absence, within
     the budget of the whole model (`stream.allocation`); `uniform` gives every matrix the same.  propagation: the share of what
-    compressed matrices do to the inputs of those behind them that these make up for (`stream.moments`); 0: none.
+    compressed matrices do to the inputs of those behind them that these make up for (`stream.moments`); 0: none.  recovery: what is
+    tuned after rounding.
     """
 
     model: str
@@ -124,6 +139,7 @@ class Recipe(_Spec):
     nsamples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=8)
     propagation: float = Field(default=0.5, ge=0, le=1)
+    recovery: Recovery = Recovery()
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     modules_to_not_convert: tuple[str, ...] = ("lm_head", "embed_out", "score")
     rules: tuple[Rule, ...] = ()
@@ -217,7 +233,8 @@ def _explain(problem: Any) -> str:
     """One line for one pydantic error."""
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "invalid_key"):
-        fields = Rule.model_fields if "rules" in problem["loc"] else Recipe.model_fields
+        parts = {"rules": Rule, "recovery": Recovery}
+        fields = next((parts[at] for at in problem["loc"][:-1] if at in parts), Recipe).model_fields
         near = get_close_matches(str(problem["loc"][-1]), fields, n=1, cutoff=0.0)
         return f"unknown setting {place!r}: did you mean {near[0]!r}? (valid: {', '.join(fields)})"
     if problem["type"] == "missing":

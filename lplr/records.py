@@ -5,6 +5,8 @@ run.jsonl holds one JSON object a line, told apart by `kind`:
     run         first line: format version, fingerprint, the recipe, the source's identity
     allocation  the bits of every matrix and the curves they were chosen by (`stream.allocation`)
     layer       one LayerRecord
+    recovery    how tuning went: losses on held-out rows, names of the dense tensors that were tuned (`stream.reconstruct`)
+    distillation  the same of the stage that tunes the whole model (`stream.distill`)
     block       a shard is complete: its file name, bytes and SHA-256 (a block counts only if this line is there)
     done        last line: totals, the SHA-256 of every other file of the folder, and the seal of this one (`seal`)
 """
@@ -157,6 +159,11 @@ def layers(entries: Iterable[dict[str, Any]]) -> Iterator[LayerRecord]:
                     f"{LEDGER}: the record of {entry.get('name', 'a layer')} is damaged at {place} ({problem['msg']}): "
                     "delete the folder and compress again"
                 ) from None
+
+
+def tuned(entries: Iterable[dict[str, Any]]) -> frozenset[str]:
+    """Names of the dense tensors that are not the base model's because recovery tuned them."""
+    return frozenset(name for entry in entries if entry["kind"] in ("recovery", "distillation") for name in entry["tuned"])
 
 
 def formats(records: Iterable[LayerRecord]) -> dict[str, dict[str, Any]]:

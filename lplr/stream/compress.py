@@ -37,14 +37,18 @@ from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, embed, loaded, stages
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
 from lplr.stream.device import usable_device
+from lplr.stream.distill import clear, distill
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
-from lplr.stream.matrix import Made, Seen, compress_matrix, seeded
+from lplr.stream.matrix import Factorized, Made, Seen, compress_matrix, seeded
 from lplr.stream.moments import InputMoments, Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
-from lplr.stream.shards import Layout, shard_name, write_shard
+from lplr.stream.reconstruct import Block, Reconstructed, reconstruct
+from lplr.stream.shards import Layout, shard_name
 from lplr.stream.source import read_entries
 
+ROUNDED = ".rounded"  # folder of the stages before distillation
+DISTILLING = 1.0  # time of the distillation over that of all that comes before it, about
 MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
@@ -72,12 +76,17 @@ def compress(
     run = _Run.open(recipe, Path(output_dir), resume=resume, allow_pickle=allow_pickle, notify=say)
     with run.ledger as ledger:
         if ledger.done is None:
-            meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
-            with run.overlapped():
-                run.allocate(meter)
-                with torch.inference_mode():
-                    run.finish_blocks(meter)
+            tell = progress or (lambda *_: None)
+            if recipe.recovery.distill_epochs and run.tokens is not None:
+                run.distill(tell, allow_pickle=allow_pickle)
+            else:
+                meter = _Meter(tell, _weights(run.plans))
+                with run.overlapped():
+                    run.allocate(meter)
+                    with torch.no_grad():
+                        run.finish_blocks(meter)
             finish_folder(run.checkpoint, recipe, ledger)
+        clear(ledger.folder, ledger.folder / ROUNDED)
         return list(records.layers(ledger.entries))
 
 
@@ -215,7 +224,7 @@ class _Run:
         if self.tokens is not None and pending:
             meter.say("embedding the calibration text")
             inputs, kwargs = embed(self.checkpoint, self.tokens, self.ledger.folder, self.device)
-            if self.recipe.propagation:
+            if self.recipe.propagation or self.recipe.recovery.epochs:
                 originals = inputs.copy(self.ledger.folder)
         try:
             for i in range(blocks):
@@ -252,15 +261,23 @@ class _Run:
         """Write one block; `originals`, its inputs in the original model, become its outputs there."""
         ck = self.checkpoint
         made: dict[str, Future[Made]] = {}
+        waiting: dict[str, Factorized] = {}  # for what they are tuned to
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
+        tuning = bool(self.recipe.recovery.epochs) and inputs is not None
+
+        def certified(name: str, found: Factorized, tuned: Factorization | None = None) -> None:
+            made[name] = self.workers.submit(torch.no_grad()(found.certified), tuned)
 
         def one(p: LayerPlan, weight: Tensor, seen: Seen) -> Factorization | None:
             """In any thread: the modes of torch are of one thread each."""
-            with torch.inference_mode():
+            with torch.no_grad():
                 found = compress_matrix(self.recipe, p, weight, seen, self.device)
-            made[p.name] = self.workers.submit(torch.inference_mode()(found.certified))
+            if tuning and p.format:
+                waiting[p.name] = found
+            else:
+                certified(p.name, found)
             return found.f
 
         def several(these: list[LayerPlan], collected: InputMoments | None) -> Iterator[Factorization | None]:
@@ -278,18 +295,25 @@ class _Run:
                 done += _weights([p])
 
         chosen = {p.name: p for p in plans if p.format}
+        tuned = None
         if inputs is not None:
             meter.say(f"block {index + 1}: running the calibration text")
-            self._by_stages(index, chosen, inputs, originals, kwargs, several)
+            tuned = self._by_stages(index, chosen, inputs, originals, kwargs, several, meter)
         for p in plans:
-            if p.name not in made:
+            if p.name in waiting:
+                certified(p.name, waiting[p.name], None if tuned is None else tuned.matrices[p.name])
+            elif p.name not in made:
                 list(several([p], None))
                 made[p.name].result()  # one matrix in memory at a time
         tensors = {name: tensor for p in plans for name, tensor in made[p.name].result().tensors().items()}
         replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
+        lines = [made[p.name].result().record.model_dump(mode="json") for p in plans]
+        if tuned is not None:
+            tensors.update(tuned.rest)
+            lines.append(tuned.line(index))
         layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        self._commit(index, tensors, layout, [made[p.name].result().record for p in plans])
+        self._commit(index, tensors, layout, lines)
 
     def _by_stages(
         self,
@@ -299,23 +323,36 @@ class _Run:
         originals: Activations | None,
         kwargs: Mapping[str, Any],
         several: Callable[[list[LayerPlan], InputMoments], Iterator[Factorization | None]],
-    ) -> None:
+        meter: _Meter,
+    ) -> Reconstructed | None:
         """Hand the matrices of a block that have one input to `several`, with the second moments collected behind all matrices
-        that come before them, and the step that makes up for what these did to that input.
+        that come before them, and the step that makes up for what these did to that input; then tune them, if the recipe says so.
         """
         with loaded(self.checkpoint, index, self.device) as block:
             original = None if originals is None else Original.of(block, originals)
             layers = {name: self.checkpoint.model.get_submodule(name) for name in chosen}
             groups = stages(block, layers, inputs, kwargs, self.device) if layers else []
+            made: dict[str, Factorization] = {}
             for names in groups:
                 these = {name: layers[name] for name in names}
                 moments = collect(block, these, inputs, kwargs, self.device, original, last=names is groups[-1])
                 for name, f in zip(names, several([chosen[name] for name in names], moments), strict=True):
                     assert f is not None  # a chosen matrix is compressed
+                    made[name] = f
                     W = f.dequantize()
                     layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)
             if original is not None and not groups:
                 advance(original.block, original.inputs, kwargs, self.device)
+            if original is None or not made or not self.recipe.recovery.epochs:
+                return None
+            epochs = self.recipe.recovery.epochs
+
+            def say(epoch: int, loss: float) -> None:
+                meter.say(f"block {index + 1}: tuned {epoch} of {epochs} passes, held-out error {loss:.3g}")
+
+            where = Block(self.checkpoint, index, block, {name: p.transposed for name, p in chosen.items()}, self.device)
+            generator = seeded(self.recipe.seed, f"recovery {index}")
+            return reconstruct(where, made, inputs, original.inputs, kwargs, self.recipe.recovery, generator, say)
 
     def _advance(self, index: int, inputs: Activations, kwargs: Mapping[str, Any]) -> None:
         """Run a finished block from its shard, as a resumed run would, to get the next block's inputs."""
@@ -335,27 +372,34 @@ class _Run:
         advance(block, inputs, kwargs, self.device)
         release(block)
 
-    def _commit(self, index: int, tensors: Mapping[str, Tensor], layout: Layout, rows: list[LayerRecord]) -> None:
-        """Write a shard, then its lines: in this order, so that a line never speaks of bytes that are not there.
-
-        Both while the caller goes on; `tensors` must stay as they are.
-        """
-        path = self.shard(index)
+    def _commit(self, index: int, tensors: Mapping[str, Tensor], layout: Layout, rows: list[dict[str, Any]]) -> None:
+        """Write a shard and its lines while the caller goes on; `tensors` must stay as they are."""
 
         def write() -> None:
-            digest_hex = write_shard(path, tensors, layout=layout)
-            line = {
-                "kind": "block",
-                "index": index,
-                "file": path.name,
-                "bytes": path.stat().st_size,
-                "sha256": digest_hex,
-                "tensor_bytes": sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()),
-            }
-            self.ledger.append([row.model_dump(mode="json") for row in rows] + [line])
+            self.ledger.commit(index, self.shard(index).name, tensors, rows, layout)
             gradients.drop(self.ledger.folder, index)
 
         self.writer.do(write)
+
+    def distill(self, progress: Progress, *, allow_pickle: bool) -> None:
+        """Make everything but the last stage of recovery in a hidden folder, as a run of its own; then that stage."""
+        assert self.tokens is not None
+        total = _weights(self.plans)
+        recovery = self.recipe.recovery.model_copy(update={"distill_epochs": 0})
+        rounded = self.ledger.folder / ROUNDED
+        ahead = (1 + DISTILLING) * total
+
+        def first(done: float, of: float, what: str) -> None:
+            progress(done / of * total, ahead, what)
+
+        def then(share: float, what: str) -> None:
+            progress((1 + share * DISTILLING) * total, ahead, what)
+
+        recipe = self.recipe.model_copy(update={"recovery": recovery})
+        compress(recipe, rounded, allow_pickle=allow_pickle, progress=first)
+        for name, content in self.files.items():
+            write_atomic(self.ledger.folder / name, content)
+        distill(self.checkpoint, self.recipe, rounded, self.ledger, self.tokens, self.device, then)
 
 
 def _weights(plans: list[LayerPlan]) -> float:

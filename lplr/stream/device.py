@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from lplr.errors import RecipeError
@@ -23,3 +25,12 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise RecipeError(f"device {name!r} cannot be used ({reason}): choose cpu, or install a torch that has it") from None
     return device
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in bfloat16 where the device has instructions for them; elsewhere as they are."""
+    if device.type == "cpu":
+        faster = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16) if faster else nullcontext()

@@ -10,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from lplr import records
 from lplr.errors import OutputError
 from lplr.files import make_folder, sha256, sync_folder, truncate
 from lplr.records import LEDGER, TIME_FIELDS
+from lplr.stream.shards import Layout, write_shard
 
 try:
     import fcntl
@@ -78,6 +83,19 @@ class Ledger:
         """Add lines, durably, and remember them; OutputError when they cannot be written."""
         records.append(self.path, entries)
         self.entries.extend(entries)
+
+    def commit(
+        self, index: int, file: str, tensors: Mapping[str, Tensor], rows: list[dict[str, Any]], layout: Layout | None = None
+    ) -> None:
+        """Write a shard, then its lines, `rows` and that of the block: in this order, so that a line never speaks of bytes that
+        are not there.
+        """
+        path = self.folder / file
+        layout = layout or {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        line = {"kind": "block", "index": index, "file": file, "sha256": write_shard(path, tensors, layout=layout)}
+        line["bytes"] = path.stat().st_size
+        line["tensor_bytes"] = sum(prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        self.append([*rows, line])
 
     def check_files(self) -> None:
         """Compare what is finished with its lines; OutputError names a file that is missing or was altered."""
@@ -165,7 +183,7 @@ def _mended(path: Path) -> list[dict[str, Any]]:
     The records of a block stand before its `block` line: without that line they are of a block that will be made again.
     """
     entries = records.read(path)
-    while entries and entries[-1]["kind"] == "layer":
+    while entries and entries[-1]["kind"] in ("layer", "recovery"):
         entries.pop()
     raw = path.read_bytes()
     whole = sum(len(line) + 1 for line in raw.split(b"\n")[: len(entries)])

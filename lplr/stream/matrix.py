@@ -22,6 +22,9 @@ from lplr.stream.shards import pieces
 from lplr.stream.source import check_finite
 
 
+TUNED = "tuned after it was rounded: no a-priori bound"
+
+
 @dataclass(frozen=True)
 class Seen:
     """What calibration knows of a matrix: H = E[x x^T], G = E[g g^T], the `propagation` step; None for what it does not."""
@@ -47,10 +50,12 @@ class Made:
 
 @dataclass(frozen=True)
 class Factorized:
-    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, which nothing waits for."""
+    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, or that of what f was tuned to,
+    which nothing waits for.
+    """
 
     f: Factorization | None
-    certified: Callable[[], Made]
+    certified: Callable[[Factorization | None], Made]
 
 
 def seeded(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -81,7 +86,7 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
     if p.format is None:
         norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
         made = Made(None, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason))
-        return Factorized(None, lambda: made)
+        return Factorized(None, lambda _: made)
     generator = seeded(recipe.seed, p.name, device)
     target = W if seen.step is None else W + recipe.propagation * (W @ seen.step)
     G = None if seen.G is None else seen.G.to(device)
@@ -89,8 +94,9 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
     assert f.stored_bits() <= p.format.stored_bits(), f"{p.name}: planned {p.format}, made {f.format}"
     taken = time.perf_counter() - started
 
-    def certified() -> Made:
-        return Made(f, _record(p, common, f, seen, W, target, generator, taken))
+    def certified(tuned: Factorization | None) -> Made:
+        record = _record(p, common, tuned or f, seen, W, target, generator, taken)
+        return Made(f, record) if tuned is None else Made(tuned, record.model_copy(update={"bound": None, "note": TUNED}))
 
     return Factorized(f, certified)
 

@@ -55,6 +55,7 @@ class _Folder:
     layers: dict[str, Format]
     rows: dict[str, LayerRecord]
     held: dict[str, Entry]
+    tuned: frozenset[str]  # dense tensors that are not the base model's
 
 
 def verify(
@@ -70,9 +71,8 @@ def verify(
     done = entries[-1]
     _check_files(path, done["files"], step)
     try:
-        found = _Folder(
-            path, done, _config_layers(path), {row.name: row for row in records.layers(entries)}, _check_index(path)
-        )
+        rows = {row.name: row for row in records.layers(entries)}
+        found = _Folder(path, done, _config_layers(path), rows, _check_index(path), records.tuned(entries))
     except (CheckpointError, OutputError) as error:  # the files are those of the run, but say what no run says
         raise VerificationError(str(error)) from None
     _check_tensors(found)
@@ -224,7 +224,7 @@ def _true_error(found: _Folder, name: str, fmt: Format, W: Tensor) -> float:
 
 
 def _check_dense(found: _Folder, base: Checkpoint, against: str) -> None:
-    """Tensors that were not compressed are the base model's, bit for bit in the type that they are stored in."""
+    """Tensors that were neither compressed nor tuned are the base model's, bit for bit in the type that they are stored in."""
     replaced = {f"{name}.weight" for name in found.layers}
     packed = {f"{name}.{part}" for name, fmt in found.layers.items() for part in fmt.layout()}
     dense = set(found.held) - packed
@@ -233,5 +233,6 @@ def _check_dense(found: _Folder, base: Checkpoint, against: str) -> None:
             where = found.path if name not in found.held else against
             raise VerificationError(f"tensor {name} is missing in {where}: {SAME}")
         here, there = found.held[name].read(), base.stored(name)
-        if here.dtype != there.dtype or not torch.equal(here, there):
+        same = torch.equal(here, there) or (name in found.tuned and here.shape == there.shape)
+        if here.dtype != there.dtype or not same:
             raise VerificationError(f"tensor {name} is not the base model's: {SAME}, or {AGAIN}")

@@ -1,0 +1,156 @@
+"""The one optimisation loop of recovery: AdamW over batches, the best iterate on held-out rows kept."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BETAS = 0.9, 0.95
+WARM = 0.1  # share of the steps in which the step size rises
+
+Make = Callable[[], Mapping[str, Tensor]]
+Loss = Callable[[Mapping[str, Tensor], slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters with one step size, which AdamW takes as the largest change of an entry in a step, about."""
+
+    parameters: Sequence[nn.Parameter]
+    lr: float
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a descent did: losses on held-out rows before it, after each epoch, and of what was kept, which is the least."""
+
+    before: float
+    losses: tuple[float, ...]
+    after: float
+    steps: int
+    seconds: float
+
+    def entry(self) -> dict[str, Any]:
+        """Its fields for a record."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in self.__dict__.items()}
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a descent needs to go on behind an epoch: the parameters, the best ones, AdamW's moments, in the parameters' order,
+    the generator's state; losses, the first that of the start.
+    """
+
+    parameters: list[Tensor]
+    best: list[Tensor]
+    moments: list[tuple[Tensor, Tensor]]
+    generator: Tensor
+    losses: list[float]
+
+
+def descend(
+    groups: Sequence[Group],
+    make: Make,
+    loss: Loss,
+    train: Sequence[slice],
+    held_out: Sequence[slice],
+    *,
+    epochs: int,
+    generator: torch.Generator,
+    at_once: int = 1,
+    say: Callable[[int, float], None] = lambda *_: None,
+    keep: Callable[[State], None] | None = None,
+    resume: State | None = None,
+) -> Course:
+    """Minimise the mean of loss(make(), rows) over the slices `train`; afterwards the parameters are those, of the start and of
+    every epoch's end, with the least mean over `held_out`.
+
+    make gives tensors as functions of the parameters; it is called once a step, the loss once a slice.  One step for `at_once`
+    slices, in an order drawn from `generator` anew in each epoch; the step size rises linearly and falls as a cosine.  say is
+    called with (epochs done, held-out loss), keep with what `resume` takes after each epoch.  A loss that is not finite ends the
+    descent.  Not for inference mode.
+    """
+    started = time.perf_counter()
+    groups = [group for group in groups if group.parameters and group.lr]
+    parameters = [p for group in groups for p in group.parameters]
+    losses = [mean(make, loss, held_out)] if resume is None else list(resume.losses)
+    kept = [p.detach().clone() for p in parameters] if resume is None else [t.clone() for t in resume.best]
+    each = -(-len(train) // at_once)
+    if parameters and epochs and math.isfinite(losses[0]):
+        optimizer = torch.optim.AdamW([{"params": list(g.parameters), "lr": g.lr} for g in groups], betas=BETAS, weight_decay=0.0)
+        if resume is not None:
+            _restore(resume, parameters, optimizer, generator, each)
+        for epoch in range(len(losses) - 1, epochs):
+            if not math.isfinite(losses[-1]):
+                break
+            order = torch.randperm(len(train), generator=generator).tolist()
+            for i in range(each):
+                share = step_size(each * epoch + i, each * epochs)
+                for chosen, group in zip(optimizer.param_groups, groups, strict=True):
+                    chosen["lr"] = share * group.lr
+                optimizer.zero_grad(set_to_none=True)
+                _gradients(make, loss, [train[k] for k in order[i * at_once : (i + 1) * at_once]])
+                optimizer.step()
+            found = mean(make, loss, held_out)
+            if found < min(losses):
+                kept = [p.detach().clone() for p in parameters]
+            losses.append(found)
+            say(epoch + 1, found)
+            if keep is not None and math.isfinite(found):
+                keep(State([p.detach() for p in parameters], kept, _moments(parameters, optimizer), generator.get_state(), losses))
+    with torch.no_grad():
+        for p, value in zip(parameters, kept, strict=True):
+            p.copy_(value)
+    best = min(losses) if math.isfinite(losses[0]) else losses[0]
+    return Course(losses[0], tuple(losses[1:]), best, each * (len(losses) - 1), time.perf_counter() - started)
+
+
+def _gradients(make: Make, loss: Loss, slices: Sequence[slice]) -> None:
+    """Of the mean loss over slices; what `make` made is passed through once, after all of them."""
+    with torch.enable_grad():
+        made = make()
+        leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in made.items()}
+        for rows in slices:
+            (loss(leaves, rows) / len(slices)).backward()
+        found = [(t, leaves[name].grad) for name, t in made.items() if t.requires_grad and leaves[name].grad is not None]
+        torch.autograd.backward([t for t, _ in found], [gradient for _, gradient in found])
+
+
+def _moments(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    none = torch.zeros(())
+    states = (optimizer.state.get(p, {}) for p in parameters)
+    return [(state.get("exp_avg", none), state.get("exp_avg_sq", none)) for state in states]
+
+
+def _restore(
+    state: State, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator, each: int
+) -> None:
+    """Everything as it was behind the last epoch of a state, `each` steps an epoch."""
+    taken = float(each * (len(state.losses) - 1))
+    with torch.no_grad():
+        for p, value, (first, second) in zip(parameters, state.parameters, state.moments, strict=True):
+            p.copy_(value)
+            if first.shape == p.shape:
+                optimizer.state[p] = {"step": torch.tensor(taken), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
+    generator.set_state(state.generator)
+
+
+def step_size(step: int, total: int) -> float:
+    """Share of the largest step size: a rise over WARM of the steps, then a cosine down to 0."""
+    warm = max(1, round(WARM * total))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def mean(make: Make, loss: Loss, rows: Sequence[slice]) -> float:
+    """The mean of a loss over slices of equal size, without gradients."""
+    with torch.no_grad():
+        made = make()
+        return sum(float(loss(made, r)) for r in rows) / len(rows)

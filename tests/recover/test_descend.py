@@ -1,0 +1,136 @@
+"""The optimisation loop: never worse on held-out rows, the same steps for one seed, defined ends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lplr.recover import Group, State, descend, relative_error
+from lplr.recover.descend import step_size
+
+ROWS = [slice(i, i + 8) for i in range(0, 64, 8)]
+
+
+def problem(noise: float = 0.0):
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(64, 5, generator=generator)
+    w = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])
+    y = X @ w + noise * torch.randn(64, generator=generator)
+    p = nn.Parameter(torch.zeros(5))
+    return p, lambda made, rows: (X[rows] @ made["p"] - y[rows]).square().mean()
+
+
+def of(p):
+    """What is made of a parameter, through a function with a derivative of its own."""
+    return lambda: {"p": 2 * p}
+
+
+def gen():
+    return torch.Generator().manual_seed(7)
+
+
+def test_it_finds_a_least_squares_solution():
+    p, loss = problem()
+    course = descend([Group([p], 0.3)], of(p), loss, ROWS[:-1], ROWS[-1:], epochs=40, generator=gen())
+    assert course.after < 1e-3 * course.before
+    assert course.after == min(course.losses)
+    assert course.steps == 40 * 7 and len(course.losses) == 40
+    assert float(loss({"p": 2 * p.detach()}, ROWS[-1])) == pytest.approx(course.after, rel=1e-6)
+
+
+def test_a_step_size_that_destroys_leaves_the_start():
+    p, loss = problem(noise=0.3)
+    with torch.no_grad():
+        p.copy_(torch.tensor([0.5, -1.0, 0.25, 0.0, 1.5]))
+    start = p.detach().clone()
+    course = descend([Group([p], 10.0)], of(p), loss, ROWS[:-1], ROWS[-1:], epochs=3, generator=gen())
+    assert min(course.losses) > course.before
+    assert course.after == course.before and torch.equal(p, start)
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_the_best():
+    p, loss = problem()
+    calls = []
+
+    def bad(made, rows):
+        calls.append(rows)
+        return loss(made, rows) * (math.nan if len(calls) > 20 else 1.0)
+
+    course = descend([Group([p], 0.1)], of(p), bad, ROWS[:-1], ROWS[-1:], epochs=9, generator=gen())
+    assert math.isfinite(course.after) and bool(torch.isfinite(p).all())
+    assert len(course.losses) < 9
+
+
+def test_not_a_number_at_the_start_changes_nothing():
+    p, _ = problem()
+    course = descend([Group([p], 0.1)], of(p), lambda made, rows: made["p"].sum() * math.nan, ROWS, ROWS, epochs=2, generator=gen())
+    assert course.steps == 0 and not p.any()
+
+
+def test_one_seed_one_course_and_nothing_without_epochs():
+    ends = []
+    for _ in range(2):
+        p, loss = problem(0.3)
+        descend([Group([p], 0.1)], of(p), loss, ROWS[:-1], ROWS[-1:], epochs=3, generator=gen())
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+    p, loss = problem()
+    course = descend([Group([p], 0.1)], of(p), loss, ROWS[:-1], ROWS[-1:], epochs=0, generator=gen())
+    assert course.steps == 0 and course.after == course.before and not p.any()
+
+
+def test_several_slices_a_step_are_one_larger_batch():
+    """Seven slices at once are the whole text: what one slice of all rows gives, to rounding."""
+    ends = []
+    for train, at_once in ((ROWS[:7], 7), ([slice(0, 56)], 1)):
+        p, loss = problem(0.3)
+        course = descend([Group([p], 0.1)], of(p), loss, train, ROWS[-1:], epochs=5, generator=gen(), at_once=at_once)
+        assert course.steps == 5
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_descent_goes_on_behind_the_last_epoch(stop):
+    """Broken off and resumed: the same parameters and losses, to the bit."""
+
+    class Killed(Exception):
+        pass
+
+    def course(p, loss, **more):
+        return descend([Group([p], 0.1)], of(p), loss, ROWS[:-1], ROWS[-1:], epochs=4, at_once=2, **more)
+
+    whole, loss = problem(0.3)
+    wanted = course(whole, loss, generator=gen())
+    states = []
+
+    def keep(state):
+        states.append(State(*[[t.clone() for t in part] for part in (state.parameters, state.best)],
+                            [(a.clone(), b.clone()) for a, b in state.moments], state.generator.clone(), list(state.losses)))
+        if len(states) == stop:
+            raise Killed
+
+    p, loss = problem(0.3)
+    with pytest.raises(Killed):
+        course(p, loss, generator=gen(), keep=keep)
+    again, loss = problem(0.3)
+    found = course(again, loss, generator=gen(), resume=states[-1])
+    assert torch.equal(again, whole)
+    assert (found.before, found.losses, found.after) == (wanted.before, wanted.losses, wanted.after)
+
+
+def test_step_sizes_rise_and_fall():
+    sizes = [step_size(i, 100) for i in range(100)]
+    assert max(sizes) == 1.0 and sizes.index(1.0) in (9, 10)
+    assert sizes[:10] == sorted(sizes[:10]) and sizes[10:] == sorted(sizes[10:], reverse=True)
+    assert 0 < sizes[-1] < 0.01 and step_size(0, 1) == 1.0
+
+
+def test_relative_error_counts_tokens_alike():
+    wanted = torch.tensor([[3.0, 4.0], [300.0, 400.0], [0.0, 0.0]])
+    found = wanted + torch.tensor([[0.5, 0.0], [50.0, 0.0], [0.2, 0.0]])
+    # 0.25 / 25, 2500 / 250000, 0.04 absolutely
+    assert float(relative_error(found, wanted)) == pytest.approx((0.01 + 0.01 + 0.04) / 3, rel=1e-5)

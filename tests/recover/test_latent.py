@@ -1,0 +1,103 @@
+"""Latents: the packed matrix to the bit at first, gradients straight through the rounding, what is exported is what was used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lplr.factor import factorize
+from lplr.recipe import FactorSpec, QuantSpec
+from lplr.recover import Latent
+
+SPECS = {
+    "ldlq trellis": FactorSpec(method="ldlq", bits_per_weight=1.2),
+    "ldlq uniform": FactorSpec(method="ldlq", bits_per_weight=2.3, grid="uniform"),
+    "ldlq lattice": FactorSpec(method="ldlq", bits_per_weight=2.6, grid="lattice"),
+    "naive normal_float": FactorSpec(method="naive", bits_per_weight=4.9, grid="normal_float"),
+    "lplr": FactorSpec(method="lplr", bits_per_weight=3.0),
+    "double_binary": FactorSpec(method="double_binary", bits_per_weight=2.6),
+    "caldera": FactorSpec(method="caldera", rank=4, q=QuantSpec(grid="trellis", bits=1.5), bits_per_weight=4.0),
+}
+
+
+def factorization(name: str, n: int = 48, d: int = 40):
+    generator = torch.Generator().manual_seed(3)
+    W = torch.randn(n, d, generator=generator)
+    return factorize(W, SPECS[name], generator=generator)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_latent_begins_as_the_matrix_that_was_packed(name):
+    f = factorization(name)
+    latent = Latent(f)
+    # the order of three float32 products differs, nothing else
+    torch.testing.assert_close(latent(), f.dequantize(), rtol=1e-5, atol=1e-5)
+    again = latent.factorization()
+    assert again.format == f.format
+    assert torch.equal(again.dequantize(), f.dequantize())
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_is_packed_is_what_was_multiplied_with(name):
+    latent = Latent(factorization(name))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in [*latent.codes(), *latent.scales()]:
+            p += 0.3 * torch.randn(p.shape, generator=generator)
+    torch.testing.assert_close(latent().detach(), latent.factorization().dequantize(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ldlq trellis", "ldlq uniform", "naive normal_float"])
+def test_gradients_pass_the_rounding_as_if_it_were_not_there(name):
+    """d<G, W>/dX = scale times the rotated G, by hand in float64."""
+    f = factorization(name)
+    latent = Latent(f)
+    G = torch.randn(f.shape, generator=torch.Generator().manual_seed(2))
+    (latent() * G).sum().backward()
+    assert f.q is not None and f.q.row_scale is not None
+    turned = f.rotated(G.double())
+    torch.testing.assert_close(
+        latent.points["q"].grad.double(), turned * f.q.row_scale.double()[:, None], rtol=1e-4, atol=1e-5
+    )
+    # d/dlog(scale) = sum of the rotated G times Q
+    wanted = (turned * f.q.dequantize(torch.float64)).sum(1)
+    wanted = wanted if f.q.row_scale.numel() > 1 else wanted.sum().view(1)
+    torch.testing.assert_close(latent.gains["q_row_scale"].grad.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_factors_get_gradients_of_the_product():
+    f = factorization("lplr")
+    latent = Latent(f)
+    G = torch.randn(f.shape, generator=torch.Generator().manual_seed(2))
+    (latent() * G).sum().backward()
+    assert f.l is not None and f.r is not None
+    L, R = f.l.dequantize(torch.float64), f.r.dequantize(torch.float64)
+    assert f.r.row_scale is not None
+    torch.testing.assert_close(latent.points["l"].grad.double(), G.double() @ R.T, rtol=1e-4, atol=1e-4)
+    wanted = (L.T @ G.double()) * f.r.row_scale.double()[:, None]
+    torch.testing.assert_close(latent.points["r"].grad.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_codes_have_scales_alone():
+    f = factorization("ldlq trellis")
+    latent = Latent(f, fixed=True)
+    assert latent.codes() == [] and len(latent.scales()) == 1
+    with torch.no_grad():
+        latent.scales()[0] += 0.1
+    made = latent.factorization()
+    assert made.q is not None and f.q is not None
+    assert torch.equal(made.q.codes, f.q.codes)
+    # bfloat16 scales have eight bits
+    ratio = float(made.q.row_scale.float()[0] / f.q.row_scale.float()[0])
+    assert ratio == pytest.approx(2.718281828**0.1, rel=2**-8)
+
+
+def test_a_zero_matrix_stays_zero():
+    f = factorize(torch.zeros(16, 16), SPECS["ldlq trellis"], generator=torch.Generator().manual_seed(0))
+    latent = Latent(f)
+    (latent() ** 2).sum().backward()
+    with torch.no_grad():
+        for p in [*latent.codes(), *latent.scales()]:
+            assert bool(torch.isfinite(p.grad).all())
+            p -= p.grad
+    assert not latent().any()

@@ -1,0 +1,68 @@
+"""The divergence on the likeliest tokens: against the whole divergence in float64, and by pieces against at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lplr.recover import distill
+from lplr.recover.distill import Likeliest, divergence, taught
+
+
+def both(v: int = 40, t: int = 6, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(t, v, generator=generator), 3 * torch.randn(t, v, generator=generator)
+
+
+def full(base: torch.Tensor, model: torch.Tensor) -> float:
+    p, q = base.double().log_softmax(-1), model.double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum())
+
+
+def test_all_tokens_give_the_divergence_itself():
+    base, model = both()
+    assert float(divergence(model, Likeliest.of(base, 40))) == pytest.approx(full(base, model), rel=1e-5)
+    assert float(divergence(model, Likeliest.of(base, 999))) == pytest.approx(full(base, model), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 39])
+def test_fewer_tokens_give_the_divergence_with_the_rest_as_one(k):
+    base, model = both(seed=k)
+    told = Likeliest.of(base, k)
+    p, q = base.double().softmax(-1), model.double().softmax(-1)
+    total = 0.0
+    for i in range(len(p)):
+        top = set(p[i].topk(k).indices.tolist())
+        assert set(told.index[i].tolist()) == top
+        rest = [j for j in range(p.shape[1]) if j not in top]
+        groups = [(float(p[i, j]), float(q[i, j])) for j in top] + [(float(p[i, rest].sum()), float(q[i, rest].sum()))]
+        total += sum(a * float(torch.tensor(a / b).log()) for a, b in groups)
+    found = float(divergence(model, told))
+    assert found == pytest.approx(total, rel=1e-4)
+    assert found <= full(base, model) + 1e-5  # the data processing inequality
+    assert float(divergence(base, told)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_pieces_give_the_same_value_and_gradients(monkeypatch):
+    monkeypatch.setattr(distill, "TOKENS_AT_ONCE", 7)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 10, 8, generator=generator, requires_grad=True)
+    head = torch.randn(40, 8, generator=generator, requires_grad=True)
+    told = Likeliest.of(torch.randn(2, 10, 40, generator=generator), 5)
+    value = taught(hidden, lambda x: x @ head.T, told)
+    found = torch.autograd.grad(value, (hidden, head))
+    whole = divergence(hidden @ head.T, told) / 20
+    wanted = torch.autograd.grad(whole, (hidden, head))
+    assert float(value.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_certain_distributions_give_finite_gradients():
+    logits = torch.zeros(3, 10)
+    logits[:, 2] = 200.0
+    model = torch.zeros(3, 10, requires_grad=True)
+    (gradient,) = torch.autograd.grad(divergence(model, Likeliest.of(logits, 4)), model)
+    assert bool(torch.isfinite(gradient).all())
+    (gradient,) = torch.autograd.grad(divergence(logits.requires_grad_(), Likeliest.of(torch.zeros(3, 10), 4)), logits)
+    assert bool(torch.isfinite(gradient).all())
