@@ -5,10 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from lplr.errors import RecipeError
 
@@ -112,6 +112,23 @@ class Recovery(_Spec):
     scale_lr: float = Field(default=1e-3, ge=0, le=1)
 
 
+Preset = Literal["fast", "balanced", "best"]
+PRESETS: dict[str, Recovery] = {
+    "fast": Recovery(),
+    "balanced": Recovery(epochs=4, distill_epochs=4),
+    "best": Recovery(epochs=8, distill_epochs=16),
+}
+
+
+def _preset(value: Any) -> Any:
+    """The recovery that a preset's name stands for."""
+    if isinstance(value, str):
+        if value not in PRESETS:
+            raise ValueError(f"no preset of that name: choose one of {', '.join(PRESETS)}, or give epochs and step sizes")
+        return PRESETS[value]
+    return value
+
+
 class Recipe(_Spec):
     """One compression run.  Everything that changes a stored byte stands here, and nothing else.
 
@@ -120,8 +137,8 @@ class Recipe(_Spec):
     the budget (`factor.rank.default_factor_bits`).  dataset: `builtin`, `none` (data-free), a text or jsonl
     file, or the name of a dataset of the Hub.  allocation: `sensitivity` gives bits where the loss minds their absence, within
     the budget of the whole model (`stream.allocation`); `uniform` gives every matrix the same.  propagation: the share of what
-    compressed matrices do to the inputs of those behind them that these make up for (`stream.moments`); 0: none.  recovery: what is
-    tuned after rounding.
+    compressed matrices do to the inputs of those behind them that these make up for (`stream.moments`); 0: none.  recovery: what
+    is tuned after rounding, or the name of one of PRESETS.
     """
 
     model: str
@@ -139,7 +156,7 @@ class Recipe(_Spec):
     nsamples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=8)
     propagation: float = Field(default=0.5, ge=0, le=1)
-    recovery: Recovery = Recovery()
+    recovery: Annotated[Recovery, BeforeValidator(_preset)] = PRESETS["fast"]
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     modules_to_not_convert: tuple[str, ...] = ("lm_head", "embed_out", "score")
     rules: tuple[Rule, ...] = ()

@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "lplr"
-ORDER = (
-    ["errors", "files", "recipe", "records", "metrics", "kernels", "linalg", "quant", "factor", "nn", "recover", "hf", "stream"]
-    + ["evaluate", "ship", "demo", "terminal", "tables", "cli"]
-)
+ORDER = [
+    "errors",
+    "files",
+    "recipe",
+    "records",
+    "metrics",
+    "kernels",
+    "linalg",
+    "quant",
+    "factor",
+    "nn",
+    "recover",
+    "hf",
+    "stream",
+] + ["evaluate", "ship", "demo", "terminal", "tables", "cli"]
 ALLOWED = {part: set(ORDER[: i + 1]) for i, part in enumerate(ORDER)}
 ALLOWED["kernels"] = {"errors", "kernels"}
 ALLOWED["report"] = {"errors", "files", "records", "report"}

@@ -10,7 +10,19 @@ import pytest
 from lplr.errors import RecipeError
 from lplr.factor import METHODS
 from lplr.kernels import levels
-from lplr.recipe import FACTOR_RANGES, METHOD_NAMES, WIDTHS, Grid, QuantSpec, Recipe, Rule, load_recipe, make_recipe, quant_spec
+from lplr.recipe import (
+    FACTOR_RANGES,
+    METHOD_NAMES,
+    PRESETS,
+    WIDTHS,
+    Grid,
+    QuantSpec,
+    Recipe,
+    Rule,
+    load_recipe,
+    make_recipe,
+    quant_spec,
+)
 
 
 @pytest.mark.parametrize("bits", [0, -1, 17, 8.01, float("nan"), float("inf"), "abc", None, [1]])
@@ -51,6 +63,22 @@ def test_wrong_settings_are_told_by_their_path(settings: dict[Any, Any], named: 
     with pytest.raises(RecipeError, match=named) as caught:
         make_recipe({"model": "m", **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_recovery_it_stands_for(name: str):
+    assert make_recipe({"model": "m", "recovery": name}).recovery == PRESETS[name]
+    text = make_recipe({"model": "m", "recovery": name}).to_yaml()
+    assert ("recovery" in text) == (name != "fast")
+
+
+def test_a_wrong_recovery_is_told_by_its_path():
+    with pytest.raises(RecipeError, match="'recovery' is 'slow'.*choose one of fast, balanced, best"):
+        make_recipe({"model": "m", "recovery": "slow"})
+    with pytest.raises(RecipeError, match=r"unknown setting 'recovery\.epoch': did you mean 'epochs'"):
+        make_recipe({"model": "m", "recovery": {"epoch": 1}})
+    with pytest.raises(RecipeError, match=r"'recovery\.lr' is -1"):
+        make_recipe({"model": "m", "recovery": {"lr": -1}})
 
 
 def test_without_a_model():

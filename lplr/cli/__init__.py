@@ -43,6 +43,16 @@ Against = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read a folder's pytorch_model.bin.", rich_help_panel="Dangerous options")
 ]
+Tuning = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Tuning after rounding, of blocks and then of the whole model: balanced, best, or fast, which is none: "
+        "at one bit its result is not usable. (fast)",
+        rich_help_panel="What to do (default: the recipe's, or the one shown)",
+        show_default=False,
+    ),
+]
 _SETTINGS, _RUN = "What to do (default: the recipe's, or the one shown)", "How to run"
 
 
@@ -89,6 +99,7 @@ def compress(
     propagation: Annotated[
         float | None, _setting("--propagation", "Share of earlier matrices' errors that each one makes up for, 0 to 1.")
     ] = None,
+    preset: Tuning = None,
     factor_bits: Annotated[int | None, _setting("--factor-bits", "Width of the entries of L and R.")] = None,
     rank: Annotated[int | None, _setting("--rank", "Rank of L R for every matrix.")] = None,
     sketch: Annotated[str | None, _setting("--sketch", "gaussian, srht or sparse.")] = None,
@@ -110,7 +121,7 @@ def compress(
     """Compress a checkpoint into a folder that transformers loads.  A killed run goes on where it stopped."""
     flags = {k: v for k, v in locals().items() if k in Recipe.model_fields and v is not None}
     with clear_errors():
-        settings = {**(load_recipe(recipe) if recipe else {}), **flags}
+        settings = {**(load_recipe(recipe) if recipe else {}), **flags, **({"recovery": preset} if preset else {})}
         if "model" not in settings:
             raise RecipeError("no model given: name a folder, a GGUF file or a Hub id")
         chosen = _with_budget(make_recipe(settings), size, fit, context, bits is not None, allow_pickle)
@@ -133,9 +144,7 @@ def compress(
             _push(folder, push_to_hub, private, None)
 
 
-def _with_budget(
-    recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool
-) -> Recipe:
+def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool) -> Recipe:
     """The recipe with the bits that a size or a device allows, where one is named."""
     if size is None and fit is None:
         return recipe

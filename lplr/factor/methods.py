@@ -71,9 +71,7 @@ def factorize(
     return _rescale(_best(A / unit if unit != 1.0 else A, plans, H, G, generator), unit)
 
 
-def _best(
-    A: Tensor, plans: list[FactorSpec], H: Tensor | None, G: Tensor | None, generator: torch.Generator
-) -> Factorization:
+def _best(A: Tensor, plans: list[FactorSpec], H: Tensor | None, G: Tensor | None, generator: torch.Generator) -> Factorization:
     """The factorization of least error in the metrics, which no rotation changes; the first where nothing is better."""
     best, least = None, math.inf
     bases, B, C, S = None, A, None, None  # A, the factor of H and G in the bases of the plan before

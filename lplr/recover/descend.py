@@ -43,8 +43,8 @@ class Course:
 
 @dataclass(frozen=True)
 class State:
-    """All that a descent needs to go on behind an epoch: the parameters, the best ones, AdamW's moments, in the parameters' order,
-    the generator's state; losses, the first that of the start.
+    """All that a descent needs to go on behind an epoch: the parameters, the best ones, AdamW's moments, in the parameters'
+    order, the generator's state; losses, the first that of the start.
     """
 
     parameters: list[Tensor]
@@ -103,7 +103,9 @@ def descend(
             losses.append(found)
             say(epoch + 1, found)
             if keep is not None and math.isfinite(found):
-                keep(State([p.detach() for p in parameters], kept, _moments(parameters, optimizer), generator.get_state(), losses))
+                keep(
+                    State([p.detach() for p in parameters], kept, _moments(parameters, optimizer), generator.get_state(), losses)
+                )
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)

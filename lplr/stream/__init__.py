@@ -5,7 +5,10 @@ entries     one safetensors file, read defensively
 shards      where they go: safetensors files and texts that appear whole or not at all
 checkpoint  an input opened: config, model on meta, and the plan of every matrix
 calibrate   the text, the inputs of each block, and the second moments of each layer's input
+reconstruct each block tuned against the original one
+distill     the whole model tuned against the original's predictions
 compress    the driver
+meter       how far it is
 ledger      run.jsonl: the identity of a run, what of it is finished, and the lock of its folder
 finish      index, recipe, card, config.json and the checksums of a finished folder
 verify      a finished folder against its records and its base model

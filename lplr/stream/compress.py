@@ -10,7 +10,6 @@ unbroken run.  config.json is written last: a folder without it is no model to a
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from lplr.stream.distill import clear, distill
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
 from lplr.stream.matrix import Factorized, Made, Seen, compress_matrix, seeded
+from lplr.stream.meter import Meter, Progress, weights
 from lplr.stream.moments import InputMoments, Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
 from lplr.stream.reconstruct import Block, Reconstructed, reconstruct
@@ -50,7 +50,6 @@ from lplr.stream.source import read_entries
 ROUNDED = ".rounded"  # folder of the stages before distillation
 DISTILLING = 1.0  # time of the distillation over that of all that comes before it, about
 MEASURING = 0.4  # time of the allocation over that of the compression, about
-Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
 
 
@@ -80,7 +79,7 @@ def compress(
             if recipe.recovery.distill_epochs and run.tokens is not None:
                 run.distill(tell, allow_pickle=allow_pickle)
             else:
-                meter = _Meter(tell, _weights(run.plans))
+                meter = Meter(tell, weights(run.plans))
                 with run.overlapped():
                     run.allocate(meter)
                     with torch.no_grad():
@@ -88,33 +87,6 @@ def compress(
             finish_folder(run.checkpoint, recipe, ledger)
         clear(ledger.folder, ledger.folder / ROUNDED)
         return list(records.layers(ledger.entries))
-
-
-@dataclass
-class _Meter:
-    """Weights of compressed matrices done so far, told to the caller."""
-
-    tell: Progress
-    total: float
-    done: float = 0.0
-
-    def say(self, text: str) -> None:
-        self.tell(self.done, self.total, text)
-
-    def ahead(self, share: float) -> Callable[[float, str], None]:
-        """What tells of work that comes first and takes `share` of the time of all the rest: (share done of it, what)."""
-        first, extra = self.done, share * self.total
-        self.total += extra
-
-        def say(part: float, text: str) -> None:
-            self.done = first + part * extra
-            self.say(text)
-
-        return say
-
-    def finish(self, plans: list[LayerPlan], text: str) -> None:
-        self.done += _weights(plans)
-        self.say(text)
 
 
 @dataclass
@@ -184,7 +156,7 @@ class _Run:
             reader.close()
             workers.shutdown(cancel_futures=True)
 
-    def allocate(self, meter: _Meter) -> None:
+    def allocate(self, meter: Meter) -> None:
         """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.
 
         Files of gradients that are lost are measured again; OutputError when that gives other bits.
@@ -214,7 +186,7 @@ class _Run:
         told = line.get("gradients", {}).items()
         return all(gradients.intact(self.ledger.folder, int(i), sum_) for i, sum_ in told if int(i) not in self.ledger.blocks)
 
-    def finish_blocks(self, meter: _Meter) -> None:
+    def finish_blocks(self, meter: Meter) -> None:
         """Compress every block that is not finished yet, then store what lies outside of the blocks."""
         for name, content in self.files.items():
             write_atomic(self.ledger.folder / name, content)
@@ -256,7 +228,7 @@ class _Run:
         inputs: Activations | None,
         originals: Activations | None,
         kwargs: Mapping[str, Any],
-        meter: _Meter,
+        meter: Meter,
     ) -> None:
         """Write one block; `originals`, its inputs in the original model, become its outputs there."""
         ck = self.checkpoint
@@ -292,7 +264,7 @@ class _Run:
             for p, job in zip(these, jobs, strict=True):
                 meter.tell(meter.done + done, meter.total, p.name)
                 yield job.result()
-                done += _weights([p])
+                done += weights([p])
 
         chosen = {p.name: p for p in plans if p.format}
         tuned = None
@@ -323,7 +295,7 @@ class _Run:
         originals: Activations | None,
         kwargs: Mapping[str, Any],
         several: Callable[[list[LayerPlan], InputMoments], Iterator[Factorization | None]],
-        meter: _Meter,
+        meter: Meter,
     ) -> Reconstructed | None:
         """Hand the matrices of a block that have one input to `several`, with the second moments collected behind all matrices
         that come before them, and the step that makes up for what these did to that input; then tune them, if the recipe says so.
@@ -384,7 +356,7 @@ class _Run:
     def distill(self, progress: Progress, *, allow_pickle: bool) -> None:
         """Make everything but the last stage of recovery in a hidden folder, as a run of its own; then that stage."""
         assert self.tokens is not None
-        total = _weights(self.plans)
+        total = weights(self.plans)
         recovery = self.recipe.recovery.model_copy(update={"distill_epochs": 0})
         rounded = self.ledger.folder / ROUNDED
         ahead = (1 + DISTILLING) * total
@@ -400,11 +372,6 @@ class _Run:
         for name, content in self.files.items():
             write_atomic(self.ledger.folder / name, content)
         distill(self.checkpoint, self.recipe, rounded, self.ledger, self.tokens, self.device, then)
-
-
-def _weights(plans: list[LayerPlan]) -> float:
-    """Entries of the matrices that are compressed."""
-    return float(sum(p.shape[0] * p.shape[1] for p in plans if p.format))
 
 
 def _base_name(path: Path, model: str) -> str:

@@ -167,9 +167,7 @@ def _told(ck: Checkpoint, states: Activations) -> Likeliest:
     return Likeliest(torch.stack([f.log_p for f in found]), torch.stack([f.index for f in found]))
 
 
-def _descended(
-    student: Student, inputs: Activations, told: Likeliest, recipe: Recipe, folder: Path, say: Say
-) -> Course:
+def _descended(student: Student, inputs: Activations, told: Likeliest, recipe: Recipe, folder: Path, say: Say) -> Course:
     recovery = recipe.recovery
 
     def loss(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
@@ -178,7 +176,9 @@ def _descended(
             return taught(hidden, student.head(tensors), told[rows])
 
     def told_of(epoch: int, value: float) -> None:
-        say(epoch / recovery.distill_epochs, f"distillation: {epoch} of {recovery.distill_epochs} passes, held-out KL {value:.3g}")
+        say(
+            epoch / recovery.distill_epochs, f"distillation: {epoch} of {recovery.distill_epochs} passes, held-out KL {value:.3g}"
+        )
 
     train, held = split(inputs)
     at_once = max(1, TOKENS_A_STEP // ((train[0].stop - train[0].start) * inputs.shape[1]))
@@ -211,7 +211,9 @@ def _read(path: Path) -> State | None:
         return None
     held = {name: entry.read() for name, entry in read_entries(path).items()}
     count = sum(name.startswith("best.") for name in held)
-    parameters, best, first, second = ([held[f"{kind}.{i}"] for i in range(count)] for kind in ("parameters", "best", "first", "second"))
+    parameters, best, first, second = (
+        [held[f"{kind}.{i}"] for i in range(count)] for kind in ("parameters", "best", "first", "second")
+    )
     losses = json.loads(bytes(held["losses"].tolist()))
     return State(parameters, best, list(zip(first, second, strict=True)), held["generator"], losses)
 
@@ -223,7 +225,7 @@ def _commit(student: Student, course: Course, rounded: Path, ledger: Ledger, rec
     if not any(entry["kind"] == "distillation" for entry in ledger.entries):
         known = [entry["kind"] for entry in ledger.entries]
         kept = [entry for entry in before if entry["kind"] in ("allocation", KIND) and entry["kind"] not in known]
-        names = [name for name in student.outside.rest]
+        names = list(student.outside.rest)
         names += [f"{ck.prefix}.{i}.{name}" for i, block in enumerate(student.blocks) for name in block.rest]
         ledger.append([*kept, {"kind": "distillation", "tuned": sorted(names), **course.entry()}])
     rows = {i: [row for row in records.layers(before) if row.block == i] for i in range(count)}

@@ -17,10 +17,12 @@ from lplr.factor.curves import ROWS as CURVE_ROWS
 from lplr.factor.double_binary import ITERATIONS
 from lplr.factor.rank import exchanges
 from lplr.recipe import Recipe
+from lplr.recover.distill import TOKENS_AT_ONCE as HEAD_AT_ONCE
 from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
 from lplr.stream.device import usable_device
+from lplr.stream.distill import KEPT, TOKENS_A_STEP, WIDTHS
 from lplr.stream.shards import shard_header, shard_name
 
 LIBRARIES = 600 << 20  # resident size of Python, torch and transformers before any weight is read
@@ -117,7 +119,25 @@ def flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> flo
         total += tokens * (3 * 2.0 * n * d + d * d)
         if recipe.propagation:  # twice through the original block, its drift
             total += tokens * (2 * 2.0 * n * d + 2.0 * d * d)
+    return total + (_recovery_flops(checkpoint, plans, recipe) if calibrated else 0.0)
+
+
+def _recovery_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
+    """Of tuning: passes forward and back, and the encoder once a step and once for what is held out."""
+    recovery, tokens = recipe.recovery, recipe.nsamples * recipe.seqlen
+    inner = float(sum(prod(p.shape) for p in plans))
+    encoder = sum(prod(p.shape) * ENCODER.get(p.format.q_grid, 2.0) for p in plans if p.format and recovery.lr)
+    head = float(_vocabulary(checkpoint) * _hidden(checkpoint))
+    steps = [epochs * (-(-tokens // at_once) + 1) for epochs, at_once in _steps(recipe)]
+    total = sum(steps) * encoder + recovery.epochs * tokens * 6.0 * inner
+    if recovery.distill_epochs:  # the head forward twice; the original once
+        total += recovery.distill_epochs * tokens * (6.0 * inner + 8.0 * head) + tokens * 2.0 * (inner + head)
     return total
+
+
+def _steps(recipe: Recipe) -> list[tuple[int, int]]:
+    """(passes, tokens a step) of the tuning of blocks, and of the whole model."""
+    return [(recipe.recovery.epochs, TOKENS_AT_ONCE), (recipe.recovery.distill_epochs, TOKENS_A_STEP)]
 
 
 def _allocation_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
@@ -171,18 +191,26 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     if recipe.dataset == "none":
         return LIBRARIES + max(matrix, outside), 0
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
-    twice = 2 if recipe.propagation else 1  # the original block beside the one at work, its states and drifts
+    tuned = bool(recipe.recovery.epochs)
+    twice = 2 if recipe.propagation or tuned else 1  # the original block beside the one at work, its states and drifts
     hessians = (2 + twice) * _moments_bytes(checkpoint, plans, weighted=False)
     hidden = _hidden(checkpoint) or d
     activations = 4 * recipe.nsamples * recipe.seqlen * hidden
     passing = 4 * TOKENS_AT_ONCE * 8 * max(max(p.shape) for p in plans)
     kept = twice * activations if activations <= ACTIVATION_LIMIT else 0
-    most = max(twice * block + hessians + passing, hessians + matrix, outside) + kept
+    most = max(twice * block + hessians + passing, hessians + matrix, outside)
+    if tuned:  # latents, the best, a gradient, two moments; what a pass forward keeps
+        most = max(most, 7 * block + 4 * TOKENS_AT_ONCE * WIDTHS * hidden)
+    most += kept
     on_disk = twice * activations - kept
     if taking_part(plans, recipe):
         moments = sum(_moments_bytes(checkpoint, plans, weighted) for weighted in (False, True))
         measuring, files = _sensitivity_memory(checkpoint, recipe, moments + max(block + 2 * passing, matrix))
         most, on_disk = max(most, measuring), max(on_disk, files)
+    if recipe.recovery.distill_epochs:
+        weights = sum(prod(p.shape) for p in plans)
+        passed = min(KEPT, 4 * WIDTHS * TOKENS_AT_ONCE * hidden * len(checkpoint.stack))
+        most = max(most, 24 * weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE)
     return LIBRARIES + most, on_disk
 
 

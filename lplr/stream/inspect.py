@@ -93,9 +93,7 @@ def stored_losses(folder: Path) -> Losses:
     return _losses(line, {r.name: (float(r.bits), prod(r.shape)) for r in rows})
 
 
-def measured_losses(
-    checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe, notify: Notify, say: Say
-) -> Losses:
+def measured_losses(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe, notify: Notify, say: Say) -> Losses:
     """The allocation that `compress` would begin with, measured in a temporary folder.
 
     Raises RecipeError when no matrix has a curve, and the errors of `calibration_windows`.  Not for inference mode.

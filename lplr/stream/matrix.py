@@ -21,7 +21,6 @@ from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.shards import pieces
 from lplr.stream.source import check_finite
 
-
 TUNED = "tuned after it was rounded: no a-priori bound"
 
 
@@ -50,8 +49,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Factorized:
-    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, or that of what f was tuned to,
-    which nothing waits for.
+    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, or that of what f was tuned
+    to, which nothing waits for.
     """
 
     f: Factorization | None

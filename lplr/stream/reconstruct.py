@@ -81,8 +81,8 @@ def reconstruct(
     generator: torch.Generator,
     say: Callable[[int, float], None],
 ) -> Reconstructed:
-    """Minimise what `recover.block` says over the matrices (by name) and the vectors of the block; x and y are inputs and targets,
-    (rows, seqlen, d).
+    """Minimise what `recover.block` says over the matrices (by name) and the vectors of the block; x and y are inputs and
+    targets, (rows, seqlen, d).
 
     The batches of `split` choose the iterate.  say(passes done, held-out error).
     """

@@ -66,7 +66,9 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best():
 
 def test_not_a_number_at_the_start_changes_nothing():
     p, _ = problem()
-    course = descend([Group([p], 0.1)], of(p), lambda made, rows: made["p"].sum() * math.nan, ROWS, ROWS, epochs=2, generator=gen())
+    course = descend(
+        [Group([p], 0.1)], of(p), lambda made, rows: made["p"].sum() * math.nan, ROWS, ROWS, epochs=2, generator=gen()
+    )
     assert course.steps == 0 and not p.any()
 
 
@@ -108,8 +110,14 @@ def test_a_descent_goes_on_behind_the_last_epoch(stop):
     states = []
 
     def keep(state):
-        states.append(State(*[[t.clone() for t in part] for part in (state.parameters, state.best)],
-                            [(a.clone(), b.clone()) for a, b in state.moments], state.generator.clone(), list(state.losses)))
+        states.append(
+            State(
+                *[[t.clone() for t in part] for part in (state.parameters, state.best)],
+                [(a.clone(), b.clone()) for a, b in state.moments],
+                state.generator.clone(),
+                list(state.losses),
+            )
+        )
         if len(states) == stop:
             raise Killed
 

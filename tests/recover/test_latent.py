@@ -56,9 +56,7 @@ def test_gradients_pass_the_rounding_as_if_it_were_not_there(name):
     (latent() * G).sum().backward()
     assert f.q is not None and f.q.row_scale is not None
     turned = f.rotated(G.double())
-    torch.testing.assert_close(
-        latent.points["q"].grad.double(), turned * f.q.row_scale.double()[:, None], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(latent.points["q"].grad.double(), turned * f.q.row_scale.double()[:, None], rtol=1e-4, atol=1e-5)
     # d/dlog(scale) = sum of the rotated G times Q
     wanted = (turned * f.q.dequantize(torch.float64)).sum(1)
     wanted = wanted if f.q.row_scale.numel() > 1 else wanted.sum().view(1)

@@ -1,4 +1,4 @@
-"""Distillation in the driver: never worse, the folder computes what was measured, a run killed anywhere ends in the same bytes."""
+"""Distillation in the driver: never worse, the folder computes what was measured, a killed run ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -123,4 +123,4 @@ def test_tied_and_untied_heads(tmp_path: Path):
         assert line_of(tmp_path / f"out{tied}")["after"] > 0
         model, dense = load_model(tmp_path / f"out{tied}"), load_model(source)
         assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
-        assert pico.LAYERS == len(model.model.layers)
+        assert len(model.model.layers) == pico.LAYERS

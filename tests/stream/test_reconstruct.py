@@ -1,4 +1,4 @@
-"""Recovery in the driver: never worse on held-out rows, what is recorded is what is stored, a killed run ends in the same bytes."""
+"""Recovery in the driver: never worse on held-out rows, records are of what is stored, a killed run ends in the same bytes."""
 
 from __future__ import annotations
 
