@@ -22,6 +22,7 @@ from lplr.report.evaluations import Evaluations, tables
 from lplr.report.html import rendered
 from lplr.report.network import kinds, network
 from lplr.report.plots import error_limits, errors_of_kind, relative, spectra_of_kind
+from lplr.report.recovery import recovery
 from lplr.report.text import DASH, finite, number, show, size, span
 
 REPORT = "report.html"
@@ -84,6 +85,7 @@ def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], ev
         figures=_figures(records),
         network=network(records),
         allocation=_allocation(next((e for e in entries if e["kind"] == "allocation"), {})),
+        recovery=recovery(entries),
         columns=COLUMNS,
         rows=[[column.cell(r) for column in COLUMNS] for r in records],
         compressed=sum(r.stored == "compressed" for r in records),

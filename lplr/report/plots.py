@@ -142,6 +142,32 @@ def accuracy_of_sizes(points: Sequence[tuple[int, float, float]], chosen: int, s
     return _drawing(draw, slug)
 
 
+def before_and_after(points: Sequence[tuple[int, float, float]], slug: str) -> str:
+    """Held-out error of each block before it was tuned (triangles) and after (dots), from (block, before, after)."""
+
+    def draw(axes: Axes) -> None:
+        blocks = [block for block, _, _ in points]
+        axes.plot(blocks, [before for _, before, _ in points], "v:", color=_BOUND, markersize=3.5, linewidth=1.2)
+        axes.plot(blocks, [after for _, _, after in points], "o-", color=_ERROR, markersize=3.5, linewidth=1.2)
+        axes.set_xlabel("block")
+        axes.set_ylabel("held-out error")
+        _whole_numbers(axes)
+
+    return _drawing(draw, slug)
+
+
+def course(losses: Sequence[float], slug: str) -> str:
+    """A held-out loss at the start and after each pass."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(range(len(losses)), losses, "o-", color=_ERROR, markersize=4, linewidth=1.2)
+        axes.set_xlabel("passes over the text")
+        axes.set_ylabel("held-out divergence")
+        _whole_numbers(axes)
+
+    return _drawing(draw, slug)
+
+
 def lengths_of_path(lams: Sequence[float], lengths: Sequence[Sequence[float]], slug: str) -> str:
     """Lengths of the weights of every gate, a row for each penalty, against the penalty, largest first, on a logarithmic axis."""
 
