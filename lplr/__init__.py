@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lplr.factor.bounds import Bound, error_bound
     from lplr.hf.load import load_model as load
     from lplr.hf.load import load_tokenizer
+    from lplr.hf.peft import adaptable
     from lplr.nn.lowrank import LowRankLinear
     from lplr.quant import QTensor, quantize
     from lplr.recipe import FactorSpec, QuantSpec, Recipe, Rule
@@ -39,6 +40,7 @@ _PUBLIC = {
     "QuantSpec": ("lplr.recipe", "QuantSpec"),
     "Recipe": ("lplr.recipe", "Recipe"),
     "Rule": ("lplr.recipe", "Rule"),
+    "adaptable": ("lplr.hf.peft", "adaptable"),
     "compress": ("lplr.stream.compress", "compress"),
     "error_bound": ("lplr.factor.bounds", "error_bound"),
     "factorize": ("lplr.factor", "factorize"),

@@ -1,4 +1,4 @@
-"""The only door to peft: Q as bitsandbytes NF4 weights, L R as a LoRA adapter on them.
+"""The only door to peft: adapters on compressed layers; and Q as bitsandbytes NF4 weights, L R as a LoRA adapter on them.
 
     W = Q + B A,   B = P L (n x r),  A = R O^T (r x d),  lora_alpha = r, so that the adapter's factor is one
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lplr.errors import BackendError, UnsupportedModel
 from lplr.hf.quiet import quiet
+from lplr.nn import LowRankLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,24 @@ def load_peft(folder: Path) -> PreTrainedModel:
         base = AutoModelForCausalLM.from_pretrained(folder / BASE, local_files_only=True)
         model = peft.PeftModel.from_pretrained(base, folder / ADAPTER) if (folder / ADAPTER).is_dir() else base
     return model.eval()
+
+
+def adaptable(config: Any) -> Any:
+    """The same peft.LoraConfig, with which adapters may stand on compressed layers; for training a compressed model further.
+
+        model = peft.get_peft_model(lplr.load(folder), lplr.adaptable(peft.LoraConfig(target_modules=["q_proj", "v_proj"])))
+        again = peft.PeftModel.from_pretrained(
+            lplr.load(folder), adapter, config=lplr.adaptable(peft.LoraConfig.from_pretrained(adapter))
+        )
+
+    Packed weights stay as they are, so adapters cannot be merged into them.  Raises BackendError without the package.
+    """
+    try:
+        from peft.tuners.lora import Linear
+    except ImportError as error:
+        raise BackendError(f"training adapters needs the package peft: pip install lplr[peft] ({error})") from None
+    config._register_custom_module({LowRankLinear: Linear})  # documented by peft for layers that it does not know
+    return config
 
 
 def _packages() -> tuple[Any, Any]:

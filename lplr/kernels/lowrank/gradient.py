@@ -75,8 +75,7 @@ def gradient(
         out = rotate(out, out_signs)  # y = v P^T
     d = inner.shape[1]
     total = torch.zeros_like(inner)
-    none = inner.new_empty(0)
-    d_row, d_rank, d_col, d_q_row, d_q_col = none, none, none, none, none
+    d_row, d_rank, d_col, d_q_row, d_q_col = (inner.new_empty(0) for _ in range(5))  # an op may not return one tensor twice
     if l_codes is not None and r_codes is not None:
         R = levels(r_codes, (rank, d), *r_grid, dtype)
         L = levels(l_codes, (n, rank), *l_grid, dtype)
