@@ -1,4 +1,4 @@
-"""LoRA adapters of plain peft on compressed layers: they train, they are saved and loaded, the packed weights stay as they are."""
+"""LoRA adapters of plain peft on compressed layers: they train, are saved and loaded; packed weights stay as they are."""
 
 from __future__ import annotations
 
