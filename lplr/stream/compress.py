@@ -39,7 +39,7 @@ from lplr.stream.device import usable_device
 from lplr.stream.distill import clear, distill
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
-from lplr.stream.matrix import Factorized, Made, Seen, compress_matrix, seeded
+from lplr.stream.matrix import Made, Seen, compress_matrix, seeded, tuned
 from lplr.stream.meter import Meter, Progress, weights
 from lplr.stream.moments import InputMoments, Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
@@ -233,23 +233,16 @@ class _Run:
         """Write one block; `originals`, its inputs in the original model, become its outputs there."""
         ck = self.checkpoint
         made: dict[str, Future[Made]] = {}
-        waiting: dict[str, Factorized] = {}  # for what they are tuned to
+        seen: dict[str, Tensor] = {}  # second moments of the inputs of what may be tuned
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
-        tuning = bool(self.recipe.recovery.epochs) and inputs is not None
-
-        def certified(name: str, found: Factorized, tuned: Factorization | None = None) -> None:
-            made[name] = self.workers.submit(torch.no_grad()(found.certified), tuned)
 
         def one(p: LayerPlan, weight: Tensor, seen: Seen) -> Factorization | None:
             """In any thread: the modes of torch are of one thread each."""
             with torch.no_grad():
                 found = compress_matrix(self.recipe, p, weight, seen, self.device)
-            if tuning and p.format:
-                waiting[p.name] = found
-            else:
-                certified(p.name, found)
+            made[p.name] = self.workers.submit(torch.no_grad()(found.certified))
             return found.f
 
         def several(these: list[LayerPlan], collected: InputMoments | None) -> Iterator[Factorization | None]:
@@ -259,31 +252,35 @@ class _Run:
             for p in these:
                 H, step = (None, None) if collected is None else collected.of(p.name)
                 note = "" if collected is None else collected.note(p.name)
-                seen = Seen(H, moments.pop(p.name, None), step, note)
-                jobs.append(self.workers.submit(one, p, self.read(f"{p.name}.weight"), seen))
+                if H is not None and self.recipe.recovery.epochs:
+                    seen[p.name] = H
+                given = Seen(H, moments.pop(p.name, None), step, note)
+                jobs.append(self.workers.submit(one, p, self.read(f"{p.name}.weight"), given))
             for p, job in zip(these, jobs, strict=True):
                 meter.tell(meter.done + done, meter.total, p.name)
                 yield job.result()
                 done += weights([p])
 
         chosen = {p.name: p for p in plans if p.format}
-        tuned = None
+        changed = None
         if inputs is not None:
             meter.say(f"block {index + 1}: running the calibration text")
-            tuned = self._by_stages(index, chosen, inputs, originals, kwargs, several, meter)
+            changed = self._by_stages(index, chosen, inputs, originals, kwargs, several, meter)
         for p in plans:
-            if p.name in waiting:
-                certified(p.name, waiting[p.name], None if tuned is None else tuned.matrices[p.name])
-            elif p.name not in made:
+            if p.name not in made:
                 list(several([p], None))
                 made[p.name].result()  # one matrix in memory at a time
-        tensors = {name: tensor for p in plans for name, tensor in made[p.name].result().tensors().items()}
+        results = {p.name: made[p.name].result() for p in plans}
+        for name, f in ({} if changed is None else changed.matrices).items():
+            where = {"transposed": chosen[name].transposed, "seed": self.recipe.seed, "device": self.device}
+            results[name] = tuned(results[name].record, self.read(f"{name}.weight"), f, **where, H=seen.get(name))
+        tensors = {name: tensor for p in plans for name, tensor in results[p.name].tensors().items()}
         replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
-        lines = [made[p.name].result().record.model_dump(mode="json") for p in plans]
-        if tuned is not None:
-            tensors.update(tuned.rest)
-            lines.append(tuned.line(index))
+        lines = [results[p.name].record.model_dump(mode="json") for p in plans]
+        if changed is not None:
+            tensors.update(changed.rest)
+            lines.append(changed.line(index))
         layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self._commit(index, tensors, layout, lines)
 

@@ -23,18 +23,16 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from lplr import records
 from lplr.factor import Factorization, Format
-from lplr.factor.certificates import FAILURE, exact_error, measured_error, probe_certificate
 from lplr.files import remove
 from lplr.hf.skeleton import run_head
 from lplr.nn import is_conv1d
 from lplr.recipe import Recipe
-from lplr.records import LayerRecord
 from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, descend, taught
 from lplr.stream.calibrate import Activations, advance, embed, loaded, outside
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.device import autocast
 from lplr.stream.ledger import Ledger
-from lplr.stream.matrix import TUNED, seeded
+from lplr.stream.matrix import seeded, tuned
 from lplr.stream.reconstruct import KIND, Called, split
 from lplr.stream.shards import shard_name, write_shard
 from lplr.stream.source import read_entries
@@ -242,22 +240,14 @@ def _commit(student: Student, course: Course, rounded: Path, ledger: Ledger, rec
             f = None if latent is None else latent.factorization()
             if f is not None:
                 tensors |= {f"{row.name}.{part}": t for part, t in f.tensors().items()}
-                row = _certified(ck, row, f, recipe, student.device)
+                stored = ck.view.get(f"{row.name}.weight")
+                transposed = is_conv1d(ck.model.get_submodule(row.name))
+                row = tuned(row, stored, f, transposed=transposed, seed=recipe.seed, device=student.device).record
             lines.append(row.model_dump(mode="json"))
         ledger.commit(i, shard_name(i, count + 1), tensors, lines)
     if count not in ledger.blocks:
         names = [name for name in ck.other_tensors() if name not in student.outside.rest]
         ledger.commit(count, shard_name(count, count + 1), {n: ck.stored(n) for n in names} | student.outside.stored(), [])
-
-
-def _certified(ck: Checkpoint, row: LayerRecord, f: Factorization, recipe: Recipe, device: torch.device) -> LayerRecord:
-    """The record of a matrix that became f."""
-    stored = ck.view.get(f"{row.name}.weight").float().to(device)
-    W = stored.T.contiguous() if is_conv1d(ck.model.get_submodule(row.name)) else stored
-    generator = seeded(recipe.seed, row.name, device)
-    facts = {"error": measured_error(W, f), "certificate": exact_error(W, f)}
-    facts |= {"probe_certificate": probe_certificate(W, f, generator=generator), "probe_failure": FAILURE}
-    return row.model_copy(update={**facts, "bound": None, "weighted_error": None, "note": TUNED})
 
 
 def clear(folder: Path, rounded: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lplr.errors import CheckpointError
 from lplr.factor import Factorization, certify, factorize
+from lplr.factor.certificates import exact_error, measured_error, probe_certificate, weighted_error
 from lplr.factor.rank import made_by
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
@@ -49,12 +50,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Factorized:
-    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, or that of what f was tuned
-    to, which nothing waits for.
-    """
+    """A matrix factorized, f None where it stays dense; `certified` measures and bounds its error, which nothing waits for."""
 
     f: Factorization | None
-    certified: Callable[[Factorization | None], Made]
+    certified: Callable[[], Made]
 
 
 def seeded(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -85,7 +84,7 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
     if p.format is None:
         norm, dense = float(torch.linalg.vector_norm(W.double())), {"stored": "dense", "bits": p.dense_bits}
         made = Made(None, LayerRecord(**common, **dense, method=p.spec.method, norm=norm, note=p.reason))
-        return Factorized(None, lambda _: made)
+        return Factorized(None, lambda: made)
     generator = seeded(recipe.seed, p.name, device)
     target = W if seen.step is None else W + recipe.propagation * (W @ seen.step)
     G = None if seen.G is None else seen.G.to(device)
@@ -93,9 +92,8 @@ def compress_matrix(recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen, de
     assert f.stored_bits() <= p.format.stored_bits(), f"{p.name}: planned {p.format}, made {f.format}"
     taken = time.perf_counter() - started
 
-    def certified(tuned: Factorization | None) -> Made:
-        record = _record(p, common, tuned or f, seen, W, target, generator, taken)
-        return Made(f, record) if tuned is None else Made(tuned, record.model_copy(update={"bound": None, "note": TUNED}))
+    def certified() -> Made:
+        return Made(f, _record(p, common, f, seen, W, target, generator, taken))
 
     return Factorized(f, certified)
 
@@ -135,3 +133,27 @@ def _record(
         seconds=taken + time.perf_counter() - started,
         **facts,
     )
+
+
+def tuned(
+    record: LayerRecord,
+    weight: Tensor,
+    f: Factorization,
+    *,
+    transposed: bool,
+    seed: int,
+    device: torch.device,
+    H: Tensor | None = None,
+) -> Made:
+    """What became of a recorded matrix that was tuned to f: its error, certificates and, with H, its outputs' relative error.
+
+    weight: the tensor of the checkpoint, (d, n) where transposed.  No theorem's method makes f, so there is no a-priori bound.
+    """
+    started = time.perf_counter()
+    W = weight.float().to(device)
+    W = W.T.contiguous() if transposed else W
+    facts: dict[str, Any] = {"error": measured_error(W, f), "certificate": exact_error(W, f), "bound": None, "note": TUNED}
+    facts["probe_certificate"] = probe_certificate(W, f, generator=seeded(seed, record.name, device))
+    facts["weighted_error"] = None if H is None else weighted_error(W, f, H)
+    facts["seconds"] = record.seconds + time.perf_counter() - started
+    return Made(f, record.model_copy(update=facts))
