@@ -1,6 +1,7 @@
 """One bit a weight, matrix by matrix: `auto` beside double-binary ADMM and a vector quantizer, judged on text of another domain.
 
-    python eval/quality/layers.py --model FOLDER --calibration c4_en_600.jsonl --heldout wiki.test.raw [--blocks 0 6 12]
+    python eval/quality/layers.py --model FOLDER --calibration c4_en_600.jsonl --heldout wiki.test.raw
+        [--blocks 0 6 12] [--missing]
 
 FOLDER holds the dense model.  H = E[x x^T] of every layer's inputs is collected on the original model twice: on 64 rows of 512
 tokens of the calibration text, which everything is fitted to, and on 16 rows of the held-out text, which judges:
@@ -17,7 +18,8 @@ tokens of the calibration text, which everything is fitted to, and on 16 rows of
                    feedback over the columns (Chee et al., "QuIP", 2023; Tseng et al., "QuIP#", 2024, with a plain
                    codebook); its code table is not counted
 
-Prints the share of matrices on which auto is lower, by type and over all, and mean errors; rows go to eval/results/layers.json.
+Prints the share of matrices on which auto is lower, by type and over all, and mean errors; rows are merged by name into
+eval/results/layers.json as they come, so that a run that was stopped goes on with --missing.
 Every row is checked before it counts: stored bits against the tensors, signs of the ADMM, the identity of the feedback.
 """
 
@@ -231,38 +233,55 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.system()}
 
 
+def known_rows(header: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> row of the results that are there, if they are of the same model, bits and texts."""
+    found = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
+    same = all(found.get(key) == value for key, value in header.items())
+    return {row["name"]: row for row in found["rows"]} if same else {}
+
+
+def write(header: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The results with these rows."""
+    versions = {p: metadata.version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()}
+    found = {**header, "versions": versions, "machine": machine(), "summary": summary(rows), "rows": rows}
+    TARGET.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the dense model")
     parser.add_argument("--calibration", required=True, help="text that everything is fitted to")
     parser.add_argument("--heldout", required=True, help="text of another domain, which judges")
     parser.add_argument("--blocks", type=int, nargs="+", help="some of the blocks")
+    parser.add_argument("--missing", action="store_true", help="only the matrices that have no row yet")
     parser.add_argument("--bits", type=float, default=1.0, help="budget of all but vq, which has one bit a weight")
     args = parser.parse_args()
     model, tokenizer = load(args.model), load_tokenizer(args.model)
-    layers = {n: m for n, m in linears(model, ("lm_head",)).items() if args.blocks is None or int(n.split(".")[2]) in args.blocks}
     texts = read_text(args.calibration), read_text(args.heldout)
     fit = calibration_tokens(tokenizer, texts[0], ROWS, ROW_LENGTH, torch.Generator().manual_seed(0))
     judge = evaluation_tokens(tokenizer, texts[1])[: HELD_ROWS * ROW_LENGTH].view(HELD_ROWS, ROW_LENGTH)
-    train, held = moments(model.model, layers, fit), moments(model.model, layers, judge)
-    codebook = centroids(torch.Generator().manual_seed(0))
-    print(f"{'matrix':34} {'auto':>8} {'admm':>8} {'vq':>8} {'own db':>8}  made by, seconds")
-    rows = []
-    for name, module in layers.items():
-        with torch.inference_mode():
-            row = compare(name, module.weight.detach(), train[name], held[name], args.bits, codebook)
-        figures = " ".join(f"{row[way]:8.4f}" for way in ("auto", *RIVALS))
-        print(f"{name:34} {figures}  {row['made by']}, {row['auto seconds']:g}", flush=True)
-        rows.append(row)
     header = {
         "model": Path(args.model).resolve().name,
         "bits": args.bits,
         "calibration": {"name": texts[0].name, "sha256": texts[0].sha256, "rows": list(fit.shape)},
         "heldout": {"name": texts[1].name, "sha256": texts[1].sha256, "rows": list(judge.shape)},
-        "versions": {p: metadata.version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()},
-        "machine": machine(),
-        "admm": {"iterations": ADMM_ITERATIONS, "ridge": ADMM_RIDGE, "rho": ADMM_RHO},
+        "admm": {"iterations": ADMM_ITERATIONS, "ridge": ADMM_RIDGE, "rho": list(ADMM_RHO)},
     }
+    order = list(linears(model, ("lm_head",)))
+    known = known_rows(header)
+    layers = {n: m for n, m in linears(model, ("lm_head",)).items() if args.blocks is None or int(n.split(".")[2]) in args.blocks}
+    layers = {name: m for name, m in layers.items() if not args.missing or name not in known}
+    train, held = moments(model.model, layers, fit), moments(model.model, layers, judge)
+    codebook = centroids(torch.Generator().manual_seed(0))
+    print(f"{'matrix':34} {'auto':>8} {'admm':>8} {'vq':>8} {'own db':>8}  made by, seconds")
+    for name, module in layers.items():
+        with torch.inference_mode():
+            row = compare(name, module.weight.detach(), train[name], held[name], args.bits, codebook)
+        figures = " ".join(f"{row[way]:8.4f}" for way in ("auto", *RIVALS))
+        print(f"{name:34} {figures}  {row['made by']}, {row['auto seconds']:g}", flush=True)
+        known[name] = row
+        write(header, [known[n] for n in order if n in known])
+    rows = [known[n] for n in order if n in known]
     lines = summary(rows)
     names = " ".join(f"{name:>7}" for name in ("admm", "vq", "own db"))
     print(f"\n{'type':10} {'matrices':>8}  auto below: {names}   mean: {'auto':>7} {names}")
@@ -274,7 +293,6 @@ def main() -> None:
         share = lines[-1][f"below {rival}"]
         verdict = "holds" if share >= wanted else "does not hold"
         print(f"below {rival} on {share:.1%} of the matrices, {wanted:.0%} wanted: {verdict}")
-    TARGET.write_text(json.dumps({**header, "summary": lines, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
