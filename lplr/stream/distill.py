@@ -65,7 +65,8 @@ class Student:
         count = len(ck.stack)
         made = [_tunable(ck, i, folder / shard_name(i, count + 1), formats, device, codes=codes) for i in range(count)]
         called = [Called(block, more) for block, more in zip(ck.stack, kwargs, strict=True)]
-        vectors = {name: p for name in ck.other_tensors() if (p := ck.model.get_parameter(name)).dim() == 1}
+        others = set(ck.other_tensors())
+        vectors = {n: p for n, p in ck.model.named_parameters(remove_duplicate=False) if n in others and p.dim() == 1}
         rest = {name: nn.Parameter(p.detach().clone().float()) for name, p in vectors.items()}
         return cls(ck, made, called, Tunable({}, rest=rest, dtypes={name: ck.stored_dtype(name) for name in rest}), device)
 
