@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,11 +38,12 @@ from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoin
 from lplr.stream.device import usable_device
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
-from lplr.stream.matrix import Made, Seen, compress_matrix, seeded
+from lplr.stream.matrix import Made, Seen, seeded
 from lplr.stream.moments import InputMoments, Original, collect
-from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
+from lplr.stream.overlap import ReadAhead, WriteBehind
 from lplr.stream.shards import Layout, shard_name, write_shard
 from lplr.stream.source import read_entries
+from lplr.stream.workers import Begun, Pending, Workers, in_flight, make_workers
 
 MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
@@ -56,29 +56,32 @@ def compress(
     *,
     resume: bool = True,
     allow_pickle: bool = False,
+    engine: str = "local",
     notify: Notify | None = None,
     progress: Progress | None = None,
 ) -> list[LayerRecord]:
     """Run a recipe into a folder and return the record of every layer; a finished folder is left as it is.
 
-    allow_pickle: a folder of pickled weights is read too, by torch's restricted unpickler.
+    allow_pickle: a folder of pickled weights is read too, by torch's restricted unpickler.  engine: `local`, or `ray`
+    (`stream.cluster`): who works on the matrices, which changes no byte.
 
-    Raises RecipeError, CheckpointError, HubError, DatasetError or OutputError before anything is lost: what was
+    Raises RecipeError, CheckpointError, HubError, DatasetError, BackendError or OutputError before anything is lost: what was
     finished stays, and the same call goes on with it.
     """
     say = notify or (lambda _: None)
     if allow_pickle:
         say("pickled weights are allowed: a pickle can run code when read; only torch's restricted unpickler stands before it")
-    run = _Run.open(recipe, Path(output_dir), resume=resume, allow_pickle=allow_pickle, notify=say)
-    with run.ledger as ledger:
-        if ledger.done is None:
-            meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
-            with run.overlapped():
-                run.allocate(meter)
-                with torch.inference_mode():
-                    run.finish_blocks(meter)
-            finish_folder(run.checkpoint, recipe, ledger)
-        return list(records.layers(ledger.entries))
+    with closing(make_workers(engine, usable_device(recipe.device))) as workers:
+        run = _Run.open(recipe, Path(output_dir), workers, resume=resume, allow_pickle=allow_pickle, notify=say)
+        with run.ledger as ledger:
+            if ledger.done is None:
+                meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
+                with run.overlapped():
+                    run.allocate(meter)
+                    with torch.inference_mode():
+                        run.finish_blocks(meter)
+                finish_folder(run.checkpoint, recipe, ledger)
+            return list(records.layers(ledger.entries))
 
 
 @dataclass
@@ -118,16 +121,16 @@ class _Run:
     tokens: Tensor | None  # (rows, seqlen); None without calibration
     files: dict[str, bytes] = field(repr=False)  # tokenizer and generation settings, copied from the source
     ledger: Ledger
-    device: torch.device
+    workers: Workers
     read: Callable[[str], Tensor] = field(init=False)  # a matrix of the checkpoint, by name
     writer: WriteBehind = field(init=False)
-    workers: Executor = field(init=False)
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
-    def open(cls, recipe: Recipe, folder: Path, *, resume: bool, allow_pickle: bool, notify: Notify) -> _Run:
-        """Everything that can fail early: device, output folder, source, plan, text, tokenizer."""
-        device = usable_device(recipe.device)
+    def open(
+        cls, recipe: Recipe, folder: Path, workers: Workers, *, resume: bool, allow_pickle: bool, notify: Notify
+    ) -> _Run:
+        """Everything that can fail early: output folder, source, plan, text, tokenizer."""
         check_folder(folder, resume=resume)
         checkpoint = open_checkpoint(recipe.model, recipe.revision, notify, allow_pickle=allow_pickle)
         plans = plan_layers(checkpoint, recipe)
@@ -149,7 +152,12 @@ class _Run:
             "calibration": calibration,
         }
         ledger = open_ledger(folder, header, resume=resume)
-        return cls(recipe, checkpoint, plans, tokens, files, ledger, device)
+        return cls(recipe, checkpoint, plans, tokens, files, ledger, workers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text is run and, in this process, matrices are worked on."""
+        return self.workers.device
 
     @property
     def shards(self) -> int:
@@ -162,18 +170,14 @@ class _Run:
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """While one thing is computed, shards are written and, without calibration, matrices are read.  On the CPU matrices with
-        one input are factorized together; all are certified while the next ones are made.
-        """
+        """While one thing is computed, shards are written and, without calibration, matrices are read."""
         pending = [p for p in self.plans if p.block not in self.ledger.blocks] if self.tokens is None else []
         self.read = reader = ReadAhead(self.checkpoint.view.get, [f"{p.name}.weight" for p in pending])
-        self.workers = workers = matrix_workers(self.device)
         try:
             with WriteBehind() as self.writer:
                 yield
         finally:
             reader.close()
-            workers.shutdown(cancel_futures=True)
 
     def allocate(self, meter: _Meter) -> None:
         """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.
@@ -212,6 +216,7 @@ class _Run:
         blocks = len(self.checkpoint.stack)
         pending = [i for i in range(blocks) if i not in self.ledger.blocks]
         inputs, originals, kwargs = None, None, [{}] * blocks
+        without = self._begun(p for i in pending for p in self.plans if p.block == i) if self.tokens is None else None
         if self.tokens is not None and pending:
             meter.say("embedding the calibration text")
             inputs, kwargs = embed(self.checkpoint, self.tokens, self.ledger.folder, self.device)
@@ -221,7 +226,7 @@ class _Run:
             for i in range(blocks):
                 plans = [p for p in self.plans if p.block == i]
                 if i in pending:
-                    self._compress_block(i, plans, inputs, originals, kwargs[i], meter)
+                    self._compress_block(i, plans, inputs, originals, kwargs[i], without, meter)
                 else:
                     gradients.drop(self.ledger.folder, i)  # a run that was killed behind the block's line may have left them
                 if i not in pending and originals is not None and any(j > i for j in pending):
@@ -247,49 +252,56 @@ class _Run:
         inputs: Activations | None,
         originals: Activations | None,
         kwargs: Mapping[str, Any],
+        without: Iterator[Begun] | None,
         meter: _Meter,
     ) -> None:
-        """Write one block; `originals`, its inputs in the original model, become its outputs there."""
+        """Write one block; `originals`, its inputs in the original model, become its outputs there.  Without calibration its
+        matrices come from `without`.
+        """
         ck = self.checkpoint
-        made: dict[str, Future[Made]] = {}
+        made: dict[str, Pending[Made]] = {}
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
 
-        def one(p: LayerPlan, weight: Tensor, seen: Seen) -> Factorization | None:
-            """In any thread: the modes of torch are of one thread each."""
-            with torch.inference_mode():
-                found = compress_matrix(self.recipe, p, weight, seen, self.device)
-            made[p.name] = self.workers.submit(torch.inference_mode()(found.certified))
-            return found.f
-
-        def several(these: list[LayerPlan], collected: InputMoments | None) -> Iterator[Factorization | None]:
-            """The factorizations of matrices, in order, some at a time."""
+        def followed(these: list[LayerPlan], begun: Iterator[Begun]) -> Iterator[Begun]:
+            """What is begun of matrices, in order."""
             nonlocal done
+            for p in these:
+                meter.tell(meter.done + done, meter.total, p.name)
+                found = next(begun)
+                made[p.name] = found.made
+                yield found
+                done += _weights([p])
+
+        def several(these: list[LayerPlan], collected: InputMoments) -> Iterator[Factorization | None]:
+            """The factorizations of matrices with what was collected of their inputs, some at a time."""
             jobs = []
             for p in these:
-                H, step = (None, None) if collected is None else collected.of(p.name)
-                note = "" if collected is None else collected.note(p.name)
-                seen = Seen(H, moments.pop(p.name, None), step, note)
-                jobs.append(self.workers.submit(one, p, self.read(f"{p.name}.weight"), seen))
-            for p, job in zip(these, jobs, strict=True):
-                meter.tell(meter.done + done, meter.total, p.name)
-                yield job.result()
-                done += _weights([p])
+                H, step = collected.of(p.name)
+                jobs.append(self._begin(p, Seen(H, moments.pop(p.name, None), step, collected.note(p.name))))
+            return (found.f for found in followed(these, (job.result() for job in jobs)))
 
         chosen = {p.name: p for p in plans if p.format}
         if inputs is not None:
             meter.say(f"block {index + 1}: running the calibration text")
             self._by_stages(index, chosen, inputs, originals, kwargs, several)
-        for p in plans:
-            if p.name not in made:
-                list(several([p], None))
-                made[p.name].result()  # one matrix in memory at a time
+        rest = [p for p in plans if p.name not in made]
+        for found in followed(rest, without or self._begun(rest)):
+            found.made.result()  # before the next one is asked for: in one process one matrix is in memory at a time
         tensors = {name: tensor for p in plans for name, tensor in made[p.name].result().tensors().items()}
         replaced = {f"{name}.weight" for name in chosen}
         tensors.update({name: ck.stored(name) for name in ck.block_tensors(index) if name not in replaced})
         layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self._commit(index, tensors, layout, [made[p.name].result().record for p in plans])
+
+    def _begin(self, p: LayerPlan, seen: Seen) -> Pending[Begun]:
+        return self.workers.matrix(self.recipe, p, self.read(f"{p.name}.weight"), seen)
+
+    def _begun(self, plans: Iterable[LayerPlan]) -> Iterator[Begun]:
+        """Matrices without calibration, in order, as many in work as there is room for."""
+        largest = max(self.checkpoint.view.nbytes(f"{p.name}.weight") for p in self.plans)
+        return in_flight((self._begin(p, Seen()) for p in plans), self.workers.ahead(largest))
 
     def _by_stages(
         self,
