@@ -32,7 +32,6 @@ from lplr.factor.noise import ROUND_UP, matrix_peak, noise_energy, row_peak, sat
 from lplr.factor.rank import plan
 from lplr.factor.spectrum import spectrum
 from lplr.kernels.levels import narrower
-from lplr.linalg import alone
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.linalg.project import least_squares
 from lplr.quant.ldlq import ONE_BIT
@@ -99,7 +98,7 @@ class _Case:
 
     @cached_property
     def energy(self) -> float:
-        return float(alone.total(self.row_squares))
+        return float(self.row_squares.sum())
 
     @cached_property
     def weights(self) -> Tensor:
@@ -190,7 +189,7 @@ def _direct_svd(case: _Case) -> Bound:
     assert spec.l and spec.r
     if not (_uniform(spec.l) and _uniform(spec.r)):
         return _UNKNOWN
-    U, s, _ = alone.svd(case.B, full_matrices=False)
+    U, s, _ = torch.linalg.svd(case.B, full_matrices=False)
     U = U[:, :m].contiguous()
     rows, cols = _grid(U, spec.l, L_AXIS[spec.l.ranges])
     if spec.l.ranges == "tensor":
@@ -225,7 +224,7 @@ def _naive(case: _Case) -> Bound:
     if saturation_free(q):
         total = float(rows.square().sum()) * float((case.weights * cols.square()).sum())
         return Bound({"rounding": total}, "mean", "sum_ij H_jj s_i^2, mean over an unbiased rounding with half steps s_i (N)")
-    total = float(alone.total(_row_worst(case, worst_case(case.A.double(), rows, cols, q))))
+    total = float(_row_worst(case, worst_case(case.A.double(), rows, cols, q)).sum())
     return Bound({"rounding": total}, "certain", "worst case of the rounding of every entry (N)")
 
 
@@ -245,7 +244,7 @@ def _ldlq(case: _Case) -> Bound:
     top = torch.full_like(cols, (1 << bits) - 1)
     top[:narrow], cols[:narrow] = (1 << (bits - 1)) - 1, narrower("uniform", bits)[1]
     half = rows[:, None] * cols
-    total = float(alone.total(torch.maximum(half, case.A.double().abs() - top * half).square()))
+    total = float(torch.maximum(half, case.A.double().abs() - top * half).square().sum())
     worst = Bound({"rounding": total}, "certain", "worst case of the rounding of every entry (N)")
     return worst if total < case.energy else capped
 
@@ -338,7 +337,7 @@ def _svd_basis(case: _Case) -> list[Bound]:
     """(S): the exact leading subspace, scaled by the root of its singular values and randomly rotated."""
     quant, m, n = case.spec.l, case.spec.rank or 0, case.A.shape[0]
     assert quant is not None
-    U, s, _ = alone.svd(case.B, full_matrices=False)
+    U, s, _ = torch.linalg.svd(case.B, full_matrices=False)
     s = s.double()
     rows = (U[:, :m].double().square() * s[:m]).sum(1)  # squared row norms of U_m Sigma_m^(1/2)
     trace = float(s[:m].sum())
@@ -375,7 +374,7 @@ def _with_second_factor(case: _Case, basis: Bound) -> Bound:
     else:
         errors = _row_worst(case, worst_case(wanted.double(), rows, cols, quant))
         gram = case.L.double().T @ case.L.double()
-        longest = float(alone.eigvalsh(gram)[-1]) * (1 + 1e-9)
+        longest = float(torch.linalg.eigvalsh(gram)[-1]) * (1 + 1e-9)
         term = min(longest * float(errors.sum()), float((columns * errors).sqrt().sum()) ** 2)
         form, holds = "worst case of R given L", basis.holds
     return Bound({**basis.terms, "R": term}, holds, f"{basis.statement} + {form} (R)")

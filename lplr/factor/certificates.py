@@ -25,7 +25,6 @@ from lplr.factor.factorization import Factorization, rotated
 from lplr.factor.rank import plan
 from lplr.factor.spectrum import optimal_error, spectrum
 from lplr.kernels.levels import BY_COLUMN
-from lplr.linalg import alone
 from lplr.linalg.hessian import DAMPING
 from lplr.quant.qtensor import QTensor
 from lplr.recipe import FactorSpec
@@ -63,7 +62,7 @@ def weighted_error(W: Tensor, f: Factorization, H: Tensor) -> float:
 
 
 def _quadratic(X: Tensor, H: Tensor) -> float:
-    return float(alone.total(torch.linalg.vecdot((X @ H).double(), X.double())))
+    return float(torch.linalg.vecdot((X @ H).double(), X.double()).sum())
 
 
 def exact_error(W: Tensor, f: Factorization) -> float:
@@ -95,13 +94,13 @@ def _gram_square(W: Tensor, f: Factorization) -> tuple[float, float]:
         A_i = W_i if Q_i is None else W_i - Q_i
         LtA.addmm_(L_i.T, A_i)
         gram.addmm_(L_i.T, L_i)
-        norms.append(alone.total(torch.linalg.vecdot(A_i, A_i)))
-        sizes.append(alone.total(W_i.square()) + (0.0 if Q_i is None else alone.total(Q_i.square())))
+        norms.append(torch.linalg.vecdot(A_i, A_i).sum())
+        sizes.append(W_i.square().sum() + (0.0 if Q_i is None else Q_i.square().sum()))
     total = torch.stack(norms).sum()
-    inner = alone.total(torch.linalg.vecdot(LtA, R))
-    product = alone.total(torch.linalg.vecdot(gram, R @ R.T))
+    inner = torch.linalg.vecdot(LtA, R).sum()
+    product = torch.linalg.vecdot(gram, R @ R.T).sum()
     # |computed - exact| <= gamma (||A||^2 + 2 |L||R||A| + |L|^2|R|^2), gamma for the longest chain of sums
-    lengths = math.sqrt(float(alone.total(gram.diagonal()))) * float(torch.linalg.vector_norm(R))
+    lengths = math.sqrt(float(gram.diagonal().sum())) * float(torch.linalg.vector_norm(R))
     reach = math.sqrt(2 * float(torch.stack(sizes).sum())) + lengths
     return float(total - 2 * inner + product), _gamma(2 * (sum(f.shape) + f.rank) + 64 + _rotation(f)) * reach**2
 
@@ -148,7 +147,7 @@ def probe_certificate(
         if L_i is not None and RG is not None:
             y -= L_i @ RG
             lengths[1] = math.hypot(lengths[1], float(torch.linalg.vector_norm(L_i)))
-        squares += float(alone.total(y.square()))
+        squares += float(y.square().sum())
     rounding = (
         _gamma(sum(f.shape) + f.rank + 64 + _rotation(f)) * (reach + lengths[0] * lengths[1]) * float(torch.linalg.vector_norm(G))
     )
@@ -221,12 +220,12 @@ def least_singular_value(H: Tensor, rotation: int = 0) -> float:
     """
     C = metric_factor(H, rotation).double()
     metric = C @ C.T
-    mean = float(alone.mean(metric.diagonal()))
+    mean = float(metric.diagonal().mean())
     for share in (0.9, 0.5):  # damping leaves at least DAMPING / (1 + DAMPING) of the mean
         mu = share * DAMPING / (1 + DAMPING) * mean
         shifted = metric - mu * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
-        if not int(alone.cholesky_ex(shifted).info):
-            return math.sqrt(max(0.0, mu - 4 * _gamma(len(metric) + 1) * float(alone.total(metric.diagonal()))))
+        if not int(torch.linalg.cholesky_ex(shifted).info):
+            return math.sqrt(max(0.0, mu - 4 * _gamma(len(metric) + 1) * float(metric.diagonal().sum())))
     return 0.0
 
 

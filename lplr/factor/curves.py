@@ -25,7 +25,6 @@ from lplr.factor.allocate import Point
 from lplr.factor.bounds import metric_factor
 from lplr.factor.factorization import rotated
 from lplr.factor.rank import WEIGH_OUTPUTS, layout, plan
-from lplr.linalg import alone
 from lplr.quant.ldlq import gain_along_columns, ldlq
 from lplr.recipe import WIDTHS, FactorSpec
 
@@ -76,7 +75,7 @@ def _bits(shape: tuple[int, int], planned: FactorSpec, bits: float) -> float:
 
 def _square(X: Tensor, M: Tensor | None) -> float:
     """tr(X M X^T)."""
-    return float(alone.total(torch.linalg.vecdot(X if M is None else X @ M, X).double()))
+    return float(torch.linalg.vecdot(X if M is None else X @ M, X).double().sum())
 
 
 def _line(points: list[Point], x: float) -> float:

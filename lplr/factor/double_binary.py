@@ -24,7 +24,6 @@ from torch import Tensor
 from lplr.errors import RecipeError
 from lplr.factor.factorization import Factorization
 from lplr.factor.feedback import Problem, improved, svd_start
-from lplr.linalg import alone
 from lplr.linalg.hessian import cholesky_factor
 from lplr.quant.binary import rank_one
 from lplr.quant.qtensor import QTensor, round_scale
@@ -114,7 +113,7 @@ def _admm(
 ) -> tuple[_OnGrid, _OnGrid]:
     """The grid points of the last iteration, from the rotated leading subspace of A C."""
     L, R = svd_start(problem, rank, generator)
-    h, Q = (None, None) if problem.C is None else alone.eigh(problem.H)
+    h, Q = (None, None) if problem.C is None else torch.linalg.eigh(problem.H)
     h = None if h is None else h.clamp(min=0)
 
     def in_basis(X: Tensor) -> Tensor:
@@ -128,19 +127,19 @@ def _admm(
     for t in range(iterations):
         soft = LAST_RHO * (t + 1) / iterations
         K = (RQ if h is None else RQ * h) @ RQ.T
-        mean = alone.mean(K.diagonal())
+        mean = K.diagonal().mean()
         L = _ridge(K, AHQ @ RQ.T + soft * mean * (Z_L - Y_L), (soft + RIDGE) * mean)
         X = L + Y_L
         zl = _OnGrid.near(X, bits[0])
         Z_L = zl.value()
         Y_L = X - Z_L
         K = L.T @ L
-        mean = alone.mean(K.diagonal())
+        mean = K.diagonal().mean()
         right = L.T @ AHQ + soft * mean * in_basis(Z_R - Y_R)
         if h is None or Q is None:
             R = RQ = _ridge(K, right.T, (soft + RIDGE) * mean).T
         else:
-            k, P = alone.eigh(K)
+            k, P = torch.linalg.eigh(K)
             denominator = torch.addcmul((soft + RIDGE) * mean, k.clamp(min=0)[:, None], h)
             RQ = P @ ((P.T @ right) / denominator)
             R = RQ @ Q.T

@@ -23,7 +23,6 @@ from lplr.factor.alternating import L_AXIS, R_AXIS
 from lplr.factor.factorization import Factorization
 from lplr.kernels.feedback import descend
 from lplr.kernels.pack import unpack
-from lplr.linalg import alone
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.linalg.project import least_squares
 from lplr.linalg.range_finder import random_rotation
@@ -102,7 +101,7 @@ def svd_start(problem: Problem, rank: int, generator: torch.Generator) -> tuple[
     B = problem.AC
     n, d = B.shape
     gram = B @ B.T if n <= d else B.T @ B
-    values, vectors = alone.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     tiny = torch.finfo(B.dtype)
     s = values.clamp(min=max(float(values[0]) * tiny.eps, tiny.tiny)).sqrt()
@@ -189,7 +188,7 @@ def _refit_rank(problem: Problem, l: QTensor, r: QTensor) -> QTensor:
     L, RC = l.dequantize(problem.A.dtype), problem.in_metric(replace(r, row_scale=None).dequantize(problem.A.dtype))
     normal, right = (L.T @ L) * (RC @ RC.T), ((L.T @ problem.AC) * RC).sum(1)
     if r.row_scale.numel() == 1:
-        normal, right = alone.total(normal).reshape(1, 1), alone.total(right).reshape(1)
+        normal, right = normal.sum().reshape(1, 1), right.sum().reshape(1)
     return replace(r, row_scale=_storable(_solved(normal, right), r.row_scale))
 
 

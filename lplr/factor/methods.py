@@ -20,7 +20,6 @@ from lplr.factor.lplr import lplr
 from lplr.factor.naive import naive
 from lplr.factor.rank import WEIGH_OUTPUTS, exchanges
 from lplr.factor.svd import direct_svd, lplr_svd
-from lplr.linalg import alone
 from lplr.quant.qtensor import SCALE_MIN, QTensor, round_scale
 from lplr.recipe import FactorSpec
 
@@ -96,7 +95,7 @@ def _error(A: Tensor, f: Factorization, C: Tensor | None, G: Tensor | None) -> f
     """tr(G E C C^T E^T) with E = A - Q - L R."""
     E = A - f.dequantize(A.dtype)
     E = E if C is None else E @ C
-    return float(alone.total(torch.linalg.vecdot(E, E if G is None else G @ E).double()))
+    return float(torch.linalg.vecdot(E, E if G is None else G @ E).double().sum())
 
 
 def _rescale(f: Factorization, unit: float) -> Factorization:

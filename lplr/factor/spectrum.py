@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lplr.linalg import alone
-
 EXACT_UP_TO = 256  # smaller side up to which the singular values themselves are computed
 _BLOCK = 1 << 22  # entries widened to float64 at once
 
@@ -19,13 +17,13 @@ def spectrum(W: Tensor) -> Tensor:
     an error of about 1e-16 sigma_1^2 min(n, d), so values below 1e-7 sigma_1 are noise there.
     """
     if min(W.shape) <= EXACT_UP_TO:
-        return alone.svdvals(W.double())
+        return torch.linalg.svdvals(W.double())
     tall = W if W.shape[0] >= W.shape[1] else W.T
     gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=W.device)
     for rows in tall.split(max(1, _BLOCK // tall.shape[1])):
         wide = rows.double()
         gram.addmm_(wide.T, wide)
-    return alone.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_(min=0).sqrt_()
 
 
 def optimal_error(singular_values: Tensor, rank: int) -> float:

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from lplr.factor.alternating import project, quantize_l, quantize_r
 from lplr.factor.factorization import Factorization
-from lplr.linalg import alone
 from lplr.linalg.range_finder import random_rotation
 from lplr.recipe import FactorSpec
 
 
 def lplr_svd(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
     """A (n x d) ~ L R with the exact leading subspace; O(n d min(n, d))."""
-    U, s, _ = alone.svd(A if C is None else A @ C, full_matrices=False)
+    U, s, _ = torch.linalg.svd(A if C is None else A @ C, full_matrices=False)
     assert spec.rank
     Z = (U[:, : spec.rank] * s[: spec.rank].sqrt()) @ random_rotation(spec.rank, A, generator)
     return project(A, Z, spec, C, generator)
@@ -30,7 +29,7 @@ def lplr_svd(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Gen
 
 def direct_svd(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:
     """A (n x d) ~ L R, each factor of the truncated decomposition rounded on its own."""
-    U, _, _ = alone.svd(A if C is None else A @ C, full_matrices=False)
+    U, _, _ = torch.linalg.svd(A if C is None else A @ C, full_matrices=False)
     assert spec.rank and spec.l and spec.r
     U = U[:, : spec.rank].contiguous()
     l, left_out = quantize_l(U, spec.l, generator)

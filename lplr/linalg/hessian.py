@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lplr.linalg import alone
-
 DAMPING = 0.01  # of the mean diagonal: GPTQ's `percdamp`
 BAND = 192  # rows of x x^T that are computed at once: of each band only what is not below the diagonal
 
@@ -33,7 +31,7 @@ class Hessian:
         else:
             w = weights.reshape(-1).to(x.device, x.dtype)
             left = x * w[:, None]
-            self.weight += float(alone.total(w.double()))
+            self.weight += float(w.double().sum())
         for a in range(0, x.shape[1], BAND):
             self.upper[a : a + BAND, a:].addmm_(left[:, a : a + BAND].T, x[:, a:])
 
@@ -56,12 +54,12 @@ def shrunk(H: Tensor, rows: int) -> Tensor:
     if rows >= d:
         return H
     t = rows / d
-    return t * H + (1 - t) * alone.mean(H.diagonal()) * torch.eye(d, dtype=H.dtype, device=H.device)
+    return t * H + (1 - t) * H.diagonal().mean() * torch.eye(d, dtype=H.dtype, device=H.device)
 
 
 def damped(H: Tensor, damping: float = DAMPING) -> Tensor:
     """H + damping * mean(diag H) * I: positive definite unless H is zero, in which case the identity."""
-    mean = alone.mean(H.diagonal())
+    mean = H.diagonal().mean()
     if not float(mean) > 0:
         return torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
     return H + damping * mean * torch.eye(H.shape[0], dtype=H.dtype, device=H.device)
@@ -71,7 +69,7 @@ def cholesky_factor(H: Tensor) -> Tensor:
     """Lower C (d x d) with C C^T = H; more damping, ten times at a time, where rounding made H indefinite."""
     extra = 0.0
     while True:
-        factor, info = alone.cholesky_ex(damped(H, extra) if extra else H)
+        factor, info = torch.linalg.cholesky_ex(damped(H, extra) if extra else H)
         if not int(info):
             return factor
         extra = max(1e-6, 10 * extra)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lplr.linalg import alone
-
 
 def _cholesky(gram: Tensor, limit: float) -> Tensor | None:
     """Lower Cholesky factor, or None when it fails or its pivots span more than `limit`."""
-    factor, info = alone.cholesky_ex(gram)
+    factor, info = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal()
     # the ratio of the pivots is a lower estimate of the condition number of L
     if int(info) or not float(pivots.min()) * limit > float(pivots.max()):
@@ -28,12 +26,12 @@ def orth(Y: Tensor) -> Tensor:
     Source: Fukaya, Nakatsukasa, Yanagisawa, Yamamoto, ScalA 2014.
     """
     if Y.shape[1] > Y.shape[0]:
-        return alone.qr(Y).Q
+        return torch.linalg.qr(Y).Q
     Q = Y
     for _ in range(2):
         factor = _cholesky(Q.T @ Q, limit=torch.finfo(Y.dtype).eps ** -0.5 / 10)
         if factor is None:
-            return alone.qr(Y).Q
+            return torch.linalg.qr(Y).Q
         Q = torch.linalg.solve_triangular(factor, Q.T, upper=False).T
     return Q
 
@@ -51,11 +49,11 @@ def least_squares(L: Tensor, A: Tensor) -> Tensor:
         factor = _cholesky(L.T @ L, limit=eps**-0.5 / 30)
         if factor is not None:
             return torch.cholesky_solve(L.T @ A, factor)
-        Q, upper = alone.qr(L)
+        Q, upper = torch.linalg.qr(L)
         pivots = upper.diagonal().abs()
         if float(pivots.min()) > 1000 * eps * float(pivots.max()):
             return torch.linalg.solve_triangular(upper, Q.T @ A, upper=True)
-    U, s, Vh = alone.svd(L, full_matrices=False)
+    U, s, Vh = torch.linalg.svd(L, full_matrices=False)
     keep = s > eps * max(n, m) * s[0]
     inverse = torch.where(keep, 1 / s.where(keep, torch.ones_like(s)), torch.zeros_like(s))
     return Vh.T @ (inverse[:, None] * (U.T @ A))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lplr.linalg import alone
 from lplr.linalg.project import orth
 from lplr.linalg.sketch import sketch
 
@@ -30,5 +29,5 @@ def range_finder(A: Tensor, m: int, kind: str, power_iterations: int, generator:
 def random_rotation(m: int, like: Tensor, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix (m x m), uniformly distributed, in the dtype and on the device of `like`."""
     G = torch.randn(m, m, generator=generator, device=like.device, dtype=like.dtype)
-    Q, R = alone.qr(G)
+    Q, R = torch.linalg.qr(G)
     return Q * R.diagonal().sign()

@@ -31,7 +31,6 @@ from torch import Tensor
 from lplr.kernels import trellis
 from lplr.kernels.levels import BY_COLUMN, narrower, nearest
 from lplr.kernels.pack import pack
-from lplr.linalg import alone
 from lplr.linalg.hessian import cholesky_factor, damped
 from lplr.quant.qtensor import QTensor
 from lplr.quant.uniform import Axis, scales
@@ -130,7 +129,7 @@ def along_columns(G: Tensor, bits: float) -> trellis.Feedback:
     weights = _block_weights(T)
     edges = list(range(0, len(G), path_block(len(G))))
     U = _unit_blocks(T, edges).float().contiguous()  # once, not for every column that is rounded
-    return trellis.Feedback(U, (weights / alone.mean(weights)).float(), path_block(len(G)))
+    return trellis.Feedback(U, (weights / weights.mean()).float(), path_block(len(G)))
 
 
 def gain_along_columns(G: Tensor) -> float:
@@ -138,12 +137,12 @@ def gain_along_columns(G: Tensor) -> float:
 
     r is white, and E = V^-T r U^-1.  The damping tells little here: it is the one for 2 bits.
     """
-    trace = float(alone.total(G.diagonal().double()))
+    trace = float(G.diagonal().double().sum())
     if not trace > 0:
         return 1.0
     V = along_columns(G.double(), 2.0).U.double()
     left = torch.linalg.solve_triangular(V, G.double(), upper=True, unitriangular=True)
-    return float(alone.total(torch.linalg.solve_triangular(V, left.T, upper=True, unitriangular=True).diagonal())) / trace
+    return float(torch.linalg.solve_triangular(V, left.T, upper=True, unitriangular=True).diagonal().sum()) / trace
 
 
 def path_block(n: int) -> int:

@@ -26,7 +26,6 @@ from torch import Tensor
 from lplr.factor import layout, plan
 from lplr.factor.allocate import Point, allocate
 from lplr.factor.curves import CURVED, error_curve
-from lplr.linalg import alone
 from lplr.recipe import Recipe
 from lplr.stream import gradients
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
@@ -97,7 +96,7 @@ def _curve(m: Measured, weight: Tensor, calibrated: bool, bits: float, device: t
     check_finite(f"{m.plan.name}.weight", weight)
     W = weight.float().to(device)
     W = W.T.contiguous() if m.plan.transposed else W
-    square = float(alone.total(W.double().square()))
+    square = float(W.double().square().sum())
     loss = m.weight if calibrated else 1 / square if square else 0.0
     found = [(stored, loss * error) for stored, error in error_curve(W, m.plan.asked, H=m.H, M=m.M, G=m.G)]
     return m.plan.name, _admitted(found, least_bits(bits) * W.numel(), m.plan.dense_bits)

@@ -5,14 +5,15 @@ no common disk.  Each matrix is two tasks, one that factorizes it and one that m
 the first one left the weights.  What is lost with a worker or a machine, a task at work or a result that nobody has fetched,
 Ray makes again elsewhere, from what the driver holds.  A finished block stands in run.jsonl and is not made again.
 
-Every task computes in one thread, which changes no byte (docs/scale.md); a machine whose torch, lplr or vector instructions are
-not the driver's might, and refuses.
+Every task computes with as many threads as the driver, since sums are cut up among them; OMP_NUM_THREADS=1 makes the most of many
+processors.  A machine whose torch, lplr or vector instructions are not the driver's might give other bytes, and refuses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, Generic, TypeVar
@@ -63,10 +64,12 @@ class Cluster:
                 ) from error
         here = ray.get_runtime_context().get_node_id()
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        self.slots = max(1, int(sum(node["Resources"].get("CPU", 0) for node in nodes)))
         self._memory = max(node["Resources"].get("memory", 0.0) for node in nodes)
         self._store = next(node["Resources"].get("object_store_memory", 0.0) for node in nodes if node["NodeID"] == here)
-        self._task = ray.remote(num_cpus=1, max_retries=RETRIES)(_work)
+        self._threads = torch.get_num_threads()
+        each = min(self._threads, max(1, *(int(node["Resources"].get("CPU", 0)) for node in nodes)))
+        self.slots = sum(int(node["Resources"].get("CPU", 0)) // each for node in nodes)
+        self._task = ray.remote(num_cpus=each, max_retries=RETRIES)(_work)
         self._shared = WeakIdKeyDictionary()  # second moments that several matrices have in common -> their place in the store
         self._open: set[Any] = set()
 
@@ -76,9 +79,9 @@ class Cluster:
 
     def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
         """See Workers."""
-        ref = self._task.remote(_machine(), work, *args)
+        ref = self._task.remote(_machine(), self._threads, work, *args)
         self._open.add(ref)
-        return _Later(lambda: self._fetch(ref, getattr(work, "__name__", "work")))
+        return _later(lambda: self._fetch(ref, getattr(work, "__name__", "work")))
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers; BackendError when no machine has the memory for it."""
@@ -90,15 +93,15 @@ class Cluster:
             )
         sized = self._task.options(num_returns=2, memory=needed)
         moments = self._stored(seen.H), seen.G, self._stored(seen.step)
-        f, rest = sized.remote(_machine(), _factorized, recipe, p, weight, *moments, seen.note)
-        record = self._task.options(memory=needed).remote(_machine(), _recorded, rest)
+        f, rest = sized.remote(_machine(), self._threads, _factorized, recipe, p, weight, *moments, seen.note)
+        record = self._task.options(memory=needed).remote(_machine(), self._threads, _recorded, rest)
         self._open |= {f, record}
 
         def begun() -> Begun:
             made = self._fetch(f, p.name)
-            return Begun(made, _Later(lambda: Made(made, self._fetch(record, p.name))))
+            return Begun(made, _later(lambda: Made(made, self._fetch(record, p.name))))
 
-        return _Later(begun)
+        return _later(begun)
 
     def close(self) -> None:
         """Cancel what is not done; leave the cluster if it was joined here."""
@@ -139,14 +142,19 @@ class _Later(Generic[T]):
     result: Callable[[], T]
 
 
-def _work(driver: tuple[str, ...], work: Callable[..., T], *args: Any) -> T:
-    """In a worker: work(*args) in one thread; BackendError on a machine that may give other bytes than the driver's."""
+def _later(get: Callable[[], T]) -> Pending[T]:
+    """What `get` fetches when it is first asked for."""
+    return _Later(cache(get))
+
+
+def _work(driver: tuple[str, ...], threads: int, work: Callable[..., T], *args: Any) -> T:
+    """In a worker: work(*args); BackendError on a machine that may give other bytes than the driver's."""
     if (here := _machine()) != driver:
         raise BackendError(
             f"a machine of the cluster has {', '.join(here)} where the driver has {', '.join(driver)}: its bytes may differ; "
             "install the same versions everywhere, and use machines of one kind"
         )
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     return work(*args)
 
 

@@ -30,7 +30,7 @@ from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
 from lplr.nn import swap
 from lplr.recipe import Recipe
-from lplr.records import LayerRecord
+from lplr.records import LEDGER, LayerRecord
 from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, embed, loaded, stages
@@ -45,6 +45,7 @@ from lplr.stream.shards import Layout, shard_name, write_shard
 from lplr.stream.source import read_entries
 from lplr.stream.workers import Begun, Pending, Workers, in_flight, make_workers
 
+MOST_THREADS = 1024  # that a run.jsonl can ask for
 MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
@@ -68,11 +69,11 @@ def compress(
     Raises RecipeError, CheckpointError, HubError, DatasetError, BackendError or OutputError before anything is lost: what was
     finished stays, and the same call goes on with it.
     """
-    say = notify or (lambda _: None)
+    say, folder = notify or (lambda _: None), Path(output_dir)
     if allow_pickle:
         say("pickled weights are allowed: a pickle can run code when read; only torch's restricted unpickler stands before it")
-    with closing(make_workers(engine, usable_device(recipe.device))) as workers:
-        run = _Run.open(recipe, Path(output_dir), workers, resume=resume, allow_pickle=allow_pickle, notify=say)
+    with _threads(folder), closing(make_workers(engine, usable_device(recipe.device))) as workers:
+        run = _Run.open(recipe, folder, workers, resume=resume, allow_pickle=allow_pickle, notify=say)
         with run.ledger as ledger:
             if ledger.done is None:
                 meter = _Meter(progress or (lambda *_: None), _weights(run.plans))
@@ -82,6 +83,20 @@ def compress(
                         run.finish_blocks(meter)
                 finish_folder(run.checkpoint, recipe, ledger)
             return list(records.layers(ledger.entries))
+
+
+@contextmanager
+def _threads(folder: Path) -> Iterator[None]:
+    """Within it, as many threads as the run that the folder holds began with: sums and factorizations are cut up among them."""
+    before = torch.get_num_threads()
+    header = next(iter(records.read(folder / LEDGER)), {}) if (folder / LEDGER).is_file() else {}
+    told = header.get("threads")
+    if isinstance(told, int) and 0 < told <= MOST_THREADS and told != before:
+        torch.set_num_threads(told)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -150,6 +165,7 @@ class _Run:
             "source": checkpoint.source.identity(),
             "files": _identities(checkpoint.path, files),
             "calibration": calibration,
+            "threads": torch.get_num_threads(),
         }
         ledger = open_ledger(folder, header, resume=resume)
         return cls(recipe, checkpoint, plans, tokens, files, ledger, workers)

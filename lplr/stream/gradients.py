@@ -14,7 +14,6 @@ from torch import Tensor
 from lplr.errors import OutputError
 from lplr.factor.rank import WEIGH_OUTPUTS
 from lplr.files import remove, sha256
-from lplr.linalg import alone
 from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.shards import write_shard
 from lplr.stream.source import read_entries
@@ -34,7 +33,7 @@ def wanted(plans: list[LayerPlan]) -> set[str]:
 
 def keep(folder: Path, block: int, moments: Mapping[str, Tensor]) -> str:
     """Write the moments of one block; returns the file's SHA-256."""
-    units = {name: alone.mean(G.diagonal().double()).clamp(min=1e-300) for name, G in moments.items()}
+    units = {name: G.diagonal().double().mean().clamp(min=1e-300) for name, G in moments.items()}
     return write_shard(_file(folder, block), {name: (G.double() / units[name]).half() for name, G in moments.items()})
 
 

@@ -72,7 +72,7 @@ class Threads:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.slots = min(AT_ONCE, torch.get_num_threads()) if device.type == "cpu" else 1
-        self._pool = ThreadPoolExecutor(self.slots, "lplr-matrix", torch.set_num_threads, (torch.get_num_threads(),))
+        self._pool = ThreadPoolExecutor(self.slots, thread_name_prefix="lplr-matrix")
 
     def ahead(self, largest: int) -> int:
         """One: of a checkpoint of any size one matrix is in memory at a time."""

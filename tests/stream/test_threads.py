@@ -1,57 +1,53 @@
-"""The same bytes whatever number of threads: files, records, allocation; every method, with and without calibration."""
+"""A run goes on with as many threads as it began with, which its record tells: sums are cut up among threads."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import checkpoints
 import pytest
-
-TESTS = Path(__file__).resolve().parents[1]
+import torch
+from runs import calibrated, fingerprints, run, settings, stopped, timeless
 
 # large enough that torch shares out sums, products and factorizations among threads: it does from 2^15 entries on
-SIZES = {"hidden_size": 384, "intermediate_size": 640, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-RUNS = [
-    {"method": "auto", "bits": 2},
-    {"method": "auto", "bits": 2, "dataset": "text", "nsamples": 8, "seqlen": 64},
-    {"method": "caldera", "bits": 2.5, "dataset": "text", "nsamples": 8, "seqlen": 64, "rank": 16},
-    *({"method": method, "bits": 1} for method in ("lplr", "lplr_svd", "direct_svd", "lplr_feedback", "double_binary")),
-    {"method": "ldlq", "bits": 3, "grid": "lattice"},
-    {"method": "naive", "bits": 4, "grid": "normal_float"},
-    {"method": "double_binary", "bits": 1, "dataset": "text", "nsamples": 8, "seqlen": 64},
-]
-CODE = """
-import json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(int(sys.argv[3]))
-from runs import fingerprints, run, settings, timeless
-source, out = Path(sys.argv[1]), Path(sys.argv[2])
-found = []
-for i, chosen in enumerate(json.loads(sys.argv[4])):
-    more = {"dataset": str(source / "text.txt")} if "dataset" in chosen else {}
-    run({**settings(source), "alternations": 1, "power_iterations": 1, **chosen, **more}, out / str(i))
-    found.append([fingerprints(out / str(i)), timeless(out / str(i))])
-print(json.dumps(found))
-"""
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-@pytest.mark.slow
-def test_the_same_bytes_with_one_two_and_three_threads(tmp_path: Path):
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def first_line(out: Path) -> dict[str, object]:
+    return json.loads((out / "run.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.parametrize("make", [settings, calibrated])
+def test_a_run_that_goes_on_among_other_threads_has_the_same_bytes(make, tmp_path: Path):
     source = checkpoints.write(tmp_path / "base", "llama", **SIZES)
-    path = os.pathsep.join((str(TESTS.parent), str(TESTS)))
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")} | {"PYTHONPATH": path}
-    found = []
-    for threads in (1, 2, 3):
-        command = [sys.executable, "-c", CODE, str(source), str(tmp_path / str(threads)), str(threads), json.dumps(RUNS)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    for chosen, one, two, three in zip(RUNS, *found, strict=True):
-        for other in (two, three):
-            assert {name for name in one[0] if one[0][name] != other[0][name]} == set(), chosen
-            assert other[1] == one[1], chosen
+    chosen = make(source, method="lplr_svd", bits=2)
+    torch.set_num_threads(2)
+    run(chosen, tmp_path / "whole")
+    stopped(chosen, tmp_path / "out")
+    torch.set_num_threads(1)
+    run(chosen, tmp_path / "out")
+    assert torch.get_num_threads() == 1  # given back
+    assert first_line(tmp_path / "out")["threads"] == 2
+    assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("told", [0, -1, 1 << 40, "2", None, 2.5])
+def test_a_number_of_threads_that_cannot_be_is_not_taken_over(told: object, tmp_path: Path):
+    source = checkpoints.write(tmp_path / "base", "llama")
+    run(settings(source), tmp_path / "whole")
+    stopped(settings(source), tmp_path / "out")
+    ledger = tmp_path / "out" / "run.jsonl"
+    lines = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([json.dumps({**json.loads(lines[0]), "threads": told}), *lines[1:]]) + "\n")
+    run(settings(source), tmp_path / "out")
+    assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
