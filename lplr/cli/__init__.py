@@ -101,9 +101,7 @@ def compress(
     ] = None,
     revision: Annotated[str | None, _setting("--revision", "Branch, tag or commit on the Hub.")] = None,
     device: Annotated[str | None, _setting("--device", "Where to compute: cpu or cuda.")] = None,
-    engine: Annotated[
-        str, _run_option("--engine", text="local, or ray: matrices as tasks of a Ray cluster (RAY_ADDRESS); the same bytes.")
-    ] = "local",
+    engine: Annotated[str, _run_option("--engine", text="local (shown), or ray: on a Ray cluster, the same bytes.")] = "local",
     dry_run: Annotated[bool, _run_option("--dry-run", text="Print size, bits, memory, time and ranks; do nothing.")] = False,
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
     push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
