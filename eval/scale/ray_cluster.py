@@ -92,7 +92,7 @@ def main() -> None:
     make(base, 2e-9 * (args.layers * block + 32_000 * args.hidden), args.hidden, args.inner)
     recipe = make_recipe({"model": str(base), "dataset": "none", "bits": args.bits, "method": args.method})
     cluster = Cluster(
-        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "_temp_dir": str(root), "include_dashboard": False}
+        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "temp_dir": str(root), "include_dashboard": False}
     )
     try:
         others = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]

@@ -36,7 +36,7 @@ def nodes() -> Iterator[Any]:
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     os.environ |= {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
     made = cluster_utils.Cluster(
-        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "_temp_dir": scratch, "include_dashboard": False}
+        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "temp_dir": scratch, "include_dashboard": False}
     )
     try:
         made.add_node(num_cpus=1)
