@@ -30,7 +30,7 @@ from lplr.hf.export import tokenizer_files
 from lplr.hf.skeleton import materialise, release
 from lplr.nn import swap
 from lplr.recipe import Recipe
-from lplr.records import LEDGER, LayerRecord
+from lplr.records import LayerRecord
 from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, embed, loaded, stages
@@ -43,9 +43,8 @@ from lplr.stream.moments import InputMoments, Original, collect
 from lplr.stream.overlap import ReadAhead, WriteBehind
 from lplr.stream.shards import Layout, shard_name, write_shard
 from lplr.stream.source import read_entries
-from lplr.stream.workers import Begun, Pending, Workers, in_flight, make_workers
+from lplr.stream.workers import Begun, Pending, Workers, in_flight, make_workers, threads_of
 
-MOST_THREADS = 1024  # that a run.jsonl can ask for
 MEASURING = 0.4  # time of the allocation over that of the compression, about
 Progress = Callable[[float, float, str], None]  # (done, total, what): in weights of the compressed matrices
 Notify = Callable[[str], None]
@@ -72,7 +71,7 @@ def compress(
     say, folder = notify or (lambda _: None), Path(output_dir)
     if allow_pickle:
         say("pickled weights are allowed: a pickle can run code when read; only torch's restricted unpickler stands before it")
-    with _threads(folder), closing(make_workers(engine, usable_device(recipe.device))) as workers:
+    with threads_of(folder), closing(make_workers(engine, usable_device(recipe.device))) as workers:
         run = _Run.open(recipe, folder, workers, resume=resume, allow_pickle=allow_pickle, notify=say)
         with run.ledger as ledger:
             if ledger.done is None:
@@ -83,20 +82,6 @@ def compress(
                         run.finish_blocks(meter)
                 finish_folder(run.checkpoint, recipe, ledger)
             return list(records.layers(ledger.entries))
-
-
-@contextmanager
-def _threads(folder: Path) -> Iterator[None]:
-    """Within it, as many threads as the run that the folder holds began with: sums and factorizations are cut up among them."""
-    before = torch.get_num_threads()
-    header = next(iter(records.read(folder / LEDGER)), {}) if (folder / LEDGER).is_file() else {}
-    told = header.get("threads")
-    if isinstance(told, int) and 0 < told <= MOST_THREADS and told != before:
-        torch.set_num_threads(told)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass

@@ -9,21 +9,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from lplr import records
 from lplr.errors import choose
 from lplr.factor import Factorization
 from lplr.recipe import Recipe
+from lplr.records import LEDGER
 from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.matrix import Made, Seen, compress_matrix
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
+MOST_THREADS = 1024  # that a run.jsonl can ask for
 AT_ONCE = 4  # matrices in work at a time: each holds a few float32 copies of itself
 
 
@@ -108,6 +113,20 @@ ENGINES: dict[str, Callable[[torch.device], Workers]] = {"local": Threads, "ray"
 def make_workers(engine: str, device: torch.device) -> Workers:
     """The workers of an engine; RecipeError for one that is not known, and what the engine itself raises."""
     return choose(ENGINES, engine, "engine")(device)
+
+
+@contextmanager
+def threads_of(folder: Path) -> Iterator[None]:
+    """Within it, as many threads as the run that the folder holds began with: sums and factorizations are cut up among them."""
+    before = torch.get_numthreads_of()
+    header = next(iter(records.read(folder / LEDGER)), {}) if (folder / LEDGER).is_file() else {}
+    told = header.get("threads")
+    if isinstance(told, int) and 0 < told <= MOST_THREADS and told != before:
+        torch.set_numthreads_of(told)
+    try:
+        yield
+    finally:
+        torch.set_numthreads_of(before)
 
 
 def in_flight(jobs: Iterable[Pending[T]], count: int) -> Iterator[T]:
