@@ -118,15 +118,15 @@ def make_workers(engine: str, device: torch.device) -> Workers:
 @contextmanager
 def threads_of(folder: Path) -> Iterator[None]:
     """Within it, as many threads as the run that the folder holds began with: sums and factorizations are cut up among them."""
-    before = torch.get_numthreads_of()
+    before = torch.get_num_threads()
     header = next(iter(records.read(folder / LEDGER)), {}) if (folder / LEDGER).is_file() else {}
     told = header.get("threads")
     if isinstance(told, int) and 0 < told <= MOST_THREADS and told != before:
-        torch.set_numthreads_of(told)
+        torch.set_num_threads(told)
     try:
         yield
     finally:
-        torch.set_numthreads_of(before)
+        torch.set_num_threads(before)
 
 
 def in_flight(jobs: Iterable[Pending[T]], count: int) -> Iterator[T]:
