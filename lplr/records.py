@@ -27,7 +27,8 @@ from lplr.errors import OutputError
 LEDGER = "run.jsonl"
 UNSEALED = "0" * 64
 FileName = Annotated[str, Field(pattern=r"^[^/\\:\x00]*[^/\\:\x00.][^/\\:\x00]*$")]  # of the folder itself: no path, not `..`
-TIME_FIELDS = ("seconds", "started", "finished", "seal")  # the only fields that differ between two runs of one recipe
+# the only fields that differ between two runs of one recipe (where `threads` changes no sum: docs/scale.md)
+TIME_FIELDS = ("seconds", "started", "finished", "seal", "threads")
 
 
 class LayerRecord(BaseModel):

@@ -30,7 +30,7 @@ def run(chosen: dict[str, Any], out: Path, **more: Any) -> list[records.LayerRec
     return compress(make_recipe(chosen), out, **more)
 
 
-def stopped(chosen: dict[str, Any], out: Path, after: int = 1) -> None:
+def stopped(chosen: dict[str, Any], out: Path, after: int = 1, **more: Any) -> None:
     """A run that ends after some finished blocks."""
 
     def stop(done: float, total: float, text: str) -> None:
@@ -38,7 +38,7 @@ def stopped(chosen: dict[str, Any], out: Path, after: int = 1) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(chosen, out, progress=stop)
+        run(chosen, out, progress=stop, **more)
     assert not (out / "config.json").exists()
 
 

@@ -36,7 +36,7 @@ ALLOWED["cli"] |= {"report", "convex"}
 ALLOWED[""] = {*ORDER, "report", "convex"}  # lplr/__init__.py: names of every part, imported when used
 DOORS = {"transformers": "hf", "huggingface_hub": "hf", "matplotlib": "report", "triton": "kernels", "jinja2": "report"}
 DOORS |= {"sklearn": "convex", "prodigyopt": "convex", "scipy": "convex", "lm_eval": "evaluate"}
-DOORS |= {"peft": "hf", "vllm": "hf", "bitsandbytes": "hf"}
+DOORS |= {"ray": "stream", "peft": "hf", "vllm": "hf", "bitsandbytes": "hf"}
 # a head joins a language model and a convex programme: files on each side
 JOINTS = {"lplr.convex.heads": {"hf", "stream", "evaluate"}, "lplr.hf.classifier": {"convex"}}
 JOINTS |= {"lplr.convex.prune_head": {"hf", "files"}, "lplr.convex.explain": {"hf", "files"}}

@@ -112,6 +112,7 @@ def compress(
     ] = None,
     revision: Annotated[str | None, _setting("--revision", "Branch, tag or commit on the Hub.")] = None,
     device: Annotated[str | None, _setting("--device", "Where to compute: cpu or cuda.")] = None,
+    engine: Annotated[str, _run_option("--engine", text="local (shown), or ray: on a Ray cluster, the same bytes.")] = "local",
     dry_run: Annotated[bool, _run_option("--dry-run", text="Print size, bits, memory, time and ranks; do nothing.")] = False,
     no_resume: Annotated[bool, _run_option("--no-resume", text="Refuse a folder that holds a run.")] = False,
     push_to_hub: Annotated[str | None, _run_option("--push-to-hub", text="Publish the result as OWNER/NAME of the Hub.")] = None,
@@ -138,7 +139,8 @@ def compress(
 
             create(push_to_hub, private=private)
         with progress_bar("compress") as step:
-            rows = run(chosen, folder, resume=not no_resume, allow_pickle=allow_pickle, notify=notice, progress=step)
+            how = {"allow_pickle": allow_pickle, "engine": engine, "notify": notice, "progress": step}
+            rows = run(chosen, folder, resume=not no_resume, **how)
         tables.summary(folder, rows)
         if push_to_hub:
             _push(folder, push_to_hub, private, None)

@@ -187,6 +187,12 @@ class Factorization:
         return self.r.shape[0] if self.r is not None else 0
 
     @property
+    def is_zero(self) -> bool:
+        """Whether scales alone make every entry zero."""
+        scales = ([s for s in (part.row_scale, part.col_scale) if s is not None] for part in (self.r, self.q) if part is not None)
+        return all(any(not bool(scale.any()) for scale in of_part) for of_part in scales)
+
+    @property
     def format(self) -> Format:
         """The layout of this factorization."""
         scales = tuple((name, t.numel()) for name, t in self.tensors().items() if name.endswith("scale"))

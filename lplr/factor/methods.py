@@ -20,7 +20,7 @@ from lplr.factor.lplr import lplr
 from lplr.factor.naive import naive
 from lplr.factor.rank import WEIGH_OUTPUTS, exchanges
 from lplr.factor.svd import direct_svd, lplr_svd
-from lplr.quant.qtensor import QTensor, round_scale
+from lplr.quant.qtensor import SCALE_MIN, QTensor, round_scale
 from lplr.recipe import FactorSpec
 
 SAFE = 2.0**-20, 2.0**20  # largest magnitudes whose squares and sums stay within float32
@@ -97,14 +97,24 @@ def _error(A: Tensor, f: Factorization, C: Tensor | None, G: Tensor | None) -> f
 
 
 def _rescale(f: Factorization, unit: float) -> Factorization:
-    """The same factorization times a power of two, which the scales of R and Q take exactly within their range."""
+    """The same factorization times a power of two, which the scales of R and Q take exactly within their range.
+
+    A scale below that range becomes zero: the least one there is would store what is larger than the matrix itself.
+    """
+
+    def times(scale: Tensor) -> Tensor:
+        wanted = scale.double() * unit
+        return round_scale(torch.where(wanted < SCALE_MIN, 0.0, wanted))
 
     def scaled(q: QTensor | None) -> QTensor | None:
         if q is None:
             return None
         if q.row_scale is not None:
-            return replace(q, row_scale=round_scale(q.row_scale.double() * unit))
+            return replace(q, row_scale=times(q.row_scale))
         assert q.col_scale is not None
-        return replace(q, col_scale=round_scale(q.col_scale.double() * unit))
+        return replace(q, col_scale=times(q.col_scale))
+
+    if unit == 1.0:
+        return f
 
     return replace(f, r=scaled(f.r), q=scaled(f.q))

@@ -13,7 +13,6 @@ all were given half a bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Executor
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -29,9 +28,10 @@ from lplr.factor.allocate import Point, allocate
 from lplr.factor.curves import CURVED, error_curve
 from lplr.recipe import Recipe
 from lplr.stream import gradients
-from lplr.stream.calibrate import computable
 from lplr.stream.checkpoint import Checkpoint, LayerPlan
 from lplr.stream.sensitivity import Measured, Say, measure
+from lplr.stream.source import check_finite
+from lplr.stream.workers import Pending, Workers, in_flight
 
 KIND = "allocation"
 ROWS = 32  # calibration rows that losses and curves are measured on
@@ -55,33 +55,32 @@ def allocation(
     folder: Path,
     device: torch.device,
     generator: torch.Generator,
-    workers: Executor,
+    workers: Workers,
     say: Say,
 ) -> dict[str, Any]:
     """The line of run.jsonl: for each matrix its curve (stored bits, predicted loss) and the bits that it is given, and the
     checksums of the files of `gradients` by block.
 
-    tokens (rows, seqlen), None without calibration; the curves of a block are measured by `workers`.  Not for inference mode.
+    tokens (rows, seqlen), None without calibration; curves are measured by `workers`, those of a block together, or of the whole
+    model where nothing is collected block by block.  Not for inference mode.
     """
     rows = None if tokens is None else tokens[:ROWS]
     curves: dict[str, list[Point]] = {}
     files: dict[str, str] = {}
     measured = _measured(checkpoint, plans, rows, folder, device, generator, say)
+    moments: dict[str, Tensor] = {}  # of one block
 
-    def curve_of(m: Measured) -> list[Point]:
-        W = computable(checkpoint, f"{m.plan.name}.weight", device)
-        W = W.T.contiguous() if m.plan.transposed else W
-        square = float(W.double().square().sum())
-        weight = m.weight if rows is not None else 1 / square if square else 0.0
-        found = [(bits, weight * error) for bits, error in error_curve(W, m.plan.asked, H=m.H, M=m.M, G=m.G)]
-        return _admitted(found, least_bits(recipe.bits) * W.numel(), m.plan.dense_bits)
+    def begun(m: Measured) -> Pending[tuple[str, list[Point]]]:
+        if m.G is not None:
+            moments[m.plan.name] = m.G
+        weight = checkpoint.view.get(f"{m.plan.name}.weight")
+        return workers.submit(_curve, m, weight, rows is not None, recipe.bits, device)
 
-    for block, group in groupby(measured, lambda m: m.plan.block):
-        matrices = list(group)
-        curves.update(zip((m.plan.name for m in matrices), workers.map(curve_of, matrices), strict=True))
-        moments = {m.plan.name: m.G for m in matrices if m.G is not None}
-        if moments:
+    for block, group in groupby(measured, lambda m: m.plan.block if rows is not None else None):
+        curves.update(in_flight(map(begun, group), workers.slots))
+        if block is not None and moments:
             files[str(block)] = gradients.keep(folder, block, moments)
+            moments.clear()
     budget = sum(floor(recipe.bits * prod(p.shape)) for p in plans)
     if budget < sum(curve[0][0] for curve in curves.values()):
         curves = {}  # only columns of no bits make the plans fit: every matrix keeps its own
@@ -90,6 +89,17 @@ def allocation(
     unit = "relative squared error" if rows is None else "nats a token"
     line = {"kind": KIND, "unit": unit, "predicted": found.error, "slope": found.slope, "layers": layers}
     return {**line, "gradients": files} if files else line
+
+
+def _curve(m: Measured, weight: Tensor, calibrated: bool, bits: float, device: torch.device) -> tuple[str, list[Point]]:
+    """Name and curve of a matrix from its tensor in the checkpoint, in the unit of the line."""
+    check_finite(f"{m.plan.name}.weight", weight)
+    W = weight.float().to(device)
+    W = W.T.contiguous() if m.plan.transposed else W
+    square = float(W.double().square().sum())
+    loss = m.weight if calibrated else 1 / square if square else 0.0
+    found = [(stored, loss * error) for stored, error in error_curve(W, m.plan.asked, H=m.H, M=m.M, G=m.G)]
+    return m.plan.name, _admitted(found, least_bits(bits) * W.numel(), m.plan.dense_bits)
 
 
 def least_bits(budget: float) -> float:

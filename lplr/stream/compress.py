@@ -10,9 +10,8 @@ unbroken run.  config.json is written last: a folder without it is no model to a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -39,13 +38,14 @@ from lplr.stream.device import usable_device
 from lplr.stream.distill import clear, distill
 from lplr.stream.finish import finish_folder
 from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
-from lplr.stream.matrix import Made, Seen, compress_matrix, seeded, tuned
+from lplr.stream.matrix import Made, Seen, seeded, tuned
 from lplr.stream.meter import Meter, Progress, weights
 from lplr.stream.moments import InputMoments, Original, collect
-from lplr.stream.overlap import ReadAhead, WriteBehind, matrix_workers
+from lplr.stream.overlap import ReadAhead, WriteBehind
 from lplr.stream.reconstruct import Block, Reconstructed, reconstruct
 from lplr.stream.shards import Layout, shard_name
 from lplr.stream.source import read_entries
+from lplr.stream.workers import Begun, Pending, Workers, in_flight, make_workers, threads_of
 
 ROUNDED = ".rounded"  # folder of the stages before distillation
 DISTILLING = 1.0  # time of the distillation over that of all that comes before it, about
@@ -59,34 +59,37 @@ def compress(
     *,
     resume: bool = True,
     allow_pickle: bool = False,
+    engine: str = "local",
     notify: Notify | None = None,
     progress: Progress | None = None,
 ) -> list[LayerRecord]:
     """Run a recipe into a folder and return the record of every layer; a finished folder is left as it is.
 
-    allow_pickle: a folder of pickled weights is read too, by torch's restricted unpickler.
+    allow_pickle: a folder of pickled weights is read too, by torch's restricted unpickler.  engine: `local`, or `ray`
+    (`stream.cluster`): who works on the matrices, which changes no byte.
 
-    Raises RecipeError, CheckpointError, HubError, DatasetError or OutputError before anything is lost: what was
+    Raises RecipeError, CheckpointError, HubError, DatasetError, BackendError or OutputError before anything is lost: what was
     finished stays, and the same call goes on with it.
     """
-    say = notify or (lambda _: None)
+    say, folder = notify or (lambda _: None), Path(output_dir)
     if allow_pickle:
         say("pickled weights are allowed: a pickle can run code when read; only torch's restricted unpickler stands before it")
-    run = _Run.open(recipe, Path(output_dir), resume=resume, allow_pickle=allow_pickle, notify=say)
-    with run.ledger as ledger:
-        if ledger.done is None:
-            tell = progress or (lambda *_: None)
-            if recipe.recovery.distill_epochs and run.tokens is not None:
-                run.distill(tell, allow_pickle=allow_pickle)
-            else:
-                meter = Meter(tell, weights(run.plans))
-                with run.overlapped():
-                    run.allocate(meter)
-                    with torch.no_grad():
-                        run.finish_blocks(meter)
-            finish_folder(run.checkpoint, recipe, ledger)
-        clear(ledger.folder, ledger.folder / ROUNDED)
-        return list(records.layers(ledger.entries))
+    tell = progress or (lambda *_: None)
+    with threads_of(folder), closing(make_workers(engine, usable_device(recipe.device))) as workers:
+        run = _Run.open(recipe, folder, workers, resume=resume, allow_pickle=allow_pickle, notify=say)
+        with run.ledger as ledger:
+            if ledger.done is None:
+                if recipe.recovery.distill_epochs and run.tokens is not None:
+                    run.distill(tell, allow_pickle=allow_pickle, engine=engine)
+                else:
+                    meter = Meter(tell, weights(run.plans))
+                    with run.overlapped():
+                        run.allocate(meter)
+                        with torch.no_grad():
+                            run.finish_blocks(meter)
+                finish_folder(run.checkpoint, recipe, ledger)
+            clear(ledger.folder, ledger.folder / ROUNDED)
+            return list(records.layers(ledger.entries))
 
 
 @dataclass
@@ -99,16 +102,14 @@ class _Run:
     tokens: Tensor | None  # (rows, seqlen); None without calibration
     files: dict[str, bytes] = field(repr=False)  # tokenizer and generation settings, copied from the source
     ledger: Ledger
-    device: torch.device
+    workers: Workers
     read: Callable[[str], Tensor] = field(init=False)  # a matrix of the checkpoint, by name
     writer: WriteBehind = field(init=False)
-    workers: Executor = field(init=False)
     moments: dict[str, str] = field(default_factory=dict)  # block -> checksum of its file of `gradients`
 
     @classmethod
-    def open(cls, recipe: Recipe, folder: Path, *, resume: bool, allow_pickle: bool, notify: Notify) -> _Run:
-        """Everything that can fail early: device, output folder, source, plan, text, tokenizer."""
-        device = usable_device(recipe.device)
+    def open(cls, recipe: Recipe, folder: Path, workers: Workers, *, resume: bool, allow_pickle: bool, notify: Notify) -> _Run:
+        """Everything that can fail early: output folder, source, plan, text, tokenizer."""
         check_folder(folder, resume=resume)
         checkpoint = open_checkpoint(recipe.model, recipe.revision, notify, allow_pickle=allow_pickle)
         plans = plan_layers(checkpoint, recipe)
@@ -128,9 +129,15 @@ class _Run:
             "source": checkpoint.source.identity(),
             "files": _identities(checkpoint.path, files),
             "calibration": calibration,
+            "threads": torch.get_num_threads(),
         }
         ledger = open_ledger(folder, header, resume=resume)
-        return cls(recipe, checkpoint, plans, tokens, files, ledger, device)
+        return cls(recipe, checkpoint, plans, tokens, files, ledger, workers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text is run and, in this process, matrices are worked on."""
+        return self.workers.device
 
     @property
     def shards(self) -> int:
@@ -143,18 +150,14 @@ class _Run:
 
     @contextmanager
     def overlapped(self) -> Iterator[None]:
-        """While one thing is computed, shards are written and, without calibration, matrices are read.  On the CPU matrices with
-        one input are factorized together; all are certified while the next ones are made.
-        """
+        """While one thing is computed, shards are written and, without calibration, matrices are read."""
         pending = [p for p in self.plans if p.block not in self.ledger.blocks] if self.tokens is None else []
         self.read = reader = ReadAhead(self.checkpoint.view.get, [f"{p.name}.weight" for p in pending])
-        self.workers = workers = matrix_workers(self.device)
         try:
             with WriteBehind() as self.writer:
                 yield
         finally:
             reader.close()
-            workers.shutdown(cancel_futures=True)
 
     def allocate(self, meter: Meter) -> None:
         """Give every matrix its bits: as run.jsonl has it, or measured now and noted there.
@@ -193,6 +196,7 @@ class _Run:
         blocks = len(self.checkpoint.stack)
         pending = [i for i in range(blocks) if i not in self.ledger.blocks]
         inputs, originals, kwargs = None, None, [{}] * blocks
+        without = self._begun(p for i in pending for p in self.plans if p.block == i) if self.tokens is None else None
         if self.tokens is not None and pending:
             meter.say("embedding the calibration text")
             inputs, kwargs = embed(self.checkpoint, self.tokens, self.ledger.folder, self.device)
@@ -202,7 +206,7 @@ class _Run:
             for i in range(blocks):
                 plans = [p for p in self.plans if p.block == i]
                 if i in pending:
-                    self._compress_block(i, plans, inputs, originals, kwargs[i], meter)
+                    self._compress_block(i, plans, inputs, originals, kwargs[i], without, meter)
                 else:
                     gradients.drop(self.ledger.folder, i)  # a run that was killed behind the block's line may have left them
                 if i not in pending and originals is not None and any(j > i for j in pending):
@@ -228,48 +232,47 @@ class _Run:
         inputs: Activations | None,
         originals: Activations | None,
         kwargs: Mapping[str, Any],
+        without: Iterator[Begun] | None,
         meter: Meter,
     ) -> None:
-        """Write one block; `originals`, its inputs in the original model, become its outputs there."""
+        """Write one block; `originals`, its inputs in the original model, become its outputs there.  Without calibration its
+        matrices come from `without`.
+        """
         ck = self.checkpoint
-        made: dict[str, Future[Made]] = {}
+        made: dict[str, Pending[Made]] = {}
         seen: dict[str, Tensor] = {}  # second moments of the inputs of what may be tuned
         done = 0.0
         told = self.moments.get(str(index))
         moments = gradients.kept(self.ledger.folder, index, told) if told else {}
 
-        def one(p: LayerPlan, weight: Tensor, seen: Seen) -> Factorization | None:
-            """In any thread: the modes of torch are of one thread each."""
-            with torch.no_grad():
-                found = compress_matrix(self.recipe, p, weight, seen, self.device)
-            made[p.name] = self.workers.submit(torch.no_grad()(found.certified))
-            return found.f
-
-        def several(these: list[LayerPlan], collected: InputMoments | None) -> Iterator[Factorization | None]:
-            """The factorizations of matrices, in order, some at a time."""
+        def followed(these: list[LayerPlan], begun: Iterator[Begun]) -> Iterator[Begun]:
+            """What is begun of matrices, in order."""
             nonlocal done
+            for p in these:
+                meter.tell(meter.done + done, meter.total, p.name)
+                found = next(begun)
+                made[p.name] = found.made
+                yield found
+                done += weights([p])
+
+        def several(these: list[LayerPlan], collected: InputMoments) -> Iterator[Factorization | None]:
+            """The factorizations of matrices with what was collected of their inputs, some at a time."""
             jobs = []
             for p in these:
-                H, step = (None, None) if collected is None else collected.of(p.name)
-                note = "" if collected is None else collected.note(p.name)
+                H, step = collected.of(p.name)
                 if H is not None and self.recipe.recovery.epochs:
                     seen[p.name] = H
-                given = Seen(H, moments.pop(p.name, None), step, note)
-                jobs.append(self.workers.submit(one, p, self.read(f"{p.name}.weight"), given))
-            for p, job in zip(these, jobs, strict=True):
-                meter.tell(meter.done + done, meter.total, p.name)
-                yield job.result()
-                done += weights([p])
+                jobs.append(self._begin(p, Seen(H, moments.pop(p.name, None), step, collected.note(p.name))))
+            return (found.f for found in followed(these, (job.result() for job in jobs)))
 
         chosen = {p.name: p for p in plans if p.format}
         changed = None
         if inputs is not None:
             meter.say(f"block {index + 1}: running the calibration text")
             changed = self._by_stages(index, chosen, inputs, originals, kwargs, several, meter)
-        for p in plans:
-            if p.name not in made:
-                list(several([p], None))
-                made[p.name].result()  # one matrix in memory at a time
+        rest = [p for p in plans if p.name not in made]
+        for found in followed(rest, without or self._begun(rest)):
+            found.made.result()  # before the next one is asked for: in one process one matrix is in memory at a time
         results = {p.name: made[p.name].result() for p in plans}
         for name, f in ({} if changed is None else changed.matrices).items():
             where = {"transposed": chosen[name].transposed, "seed": self.recipe.seed, "device": self.device}
@@ -283,6 +286,14 @@ class _Run:
             lines.append(changed.line(index))
         layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         self._commit(index, tensors, layout, lines)
+
+    def _begin(self, p: LayerPlan, seen: Seen) -> Pending[Begun]:
+        return self.workers.matrix(self.recipe, p, self.read(f"{p.name}.weight"), seen)
+
+    def _begun(self, plans: Iterable[LayerPlan]) -> Iterator[Begun]:
+        """Matrices without calibration, in order, as many in work as there is room for."""
+        largest = max(self.checkpoint.view.nbytes(f"{p.name}.weight") for p in self.plans)
+        return in_flight((self._begin(p, Seen()) for p in plans), self.workers.ahead(largest))
 
     def _by_stages(
         self,
@@ -350,7 +361,7 @@ class _Run:
 
         self.writer.do(write)
 
-    def distill(self, progress: Progress, *, allow_pickle: bool) -> None:
+    def distill(self, progress: Progress, *, allow_pickle: bool, engine: str) -> None:
         """Make everything but the last stage of recovery in a hidden folder, as a run of its own; then that stage."""
         assert self.tokens is not None
         total = weights(self.plans)
@@ -365,7 +376,7 @@ class _Run:
             progress((1 + share * DISTILLING) * total, ahead, what)
 
         recipe = self.recipe.model_copy(update={"recovery": recovery})
-        compress(recipe, rounded, allow_pickle=allow_pickle, progress=first)
+        compress(recipe, rounded, allow_pickle=allow_pickle, engine=engine, progress=first)
         for name, content in self.files.items():
             write_atomic(self.ledger.folder / name, content)
         distill(self.checkpoint, self.recipe, rounded, self.ledger, self.tokens, self.device, then)

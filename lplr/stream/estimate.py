@@ -186,7 +186,7 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     view = checkpoint.view
     largest = max((p.shape for p in plans), key=lambda shape: shape[0] * shape[1])
     n, d = largest
-    matrix = 4 * 6 * n * d + 8 * min(n, d) ** 2 * 3  # float32 copies of one matrix at work, the spectrum in float64
+    matrix = matrix_memory(largest)
     outside = max((4 * prod(view.shape(name)) for name in checkpoint.other_tensors()), default=0)
     if recipe.dataset == "none":
         return LIBRARIES + max(matrix, outside), 0
@@ -212,6 +212,12 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
         passed = min(KEPT, 4 * WIDTHS * TOKENS_AT_ONCE * hidden * len(checkpoint.stack))
         most = max(most, 24 * weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE)
     return LIBRARIES + most, on_disk
+
+
+def matrix_memory(shape: tuple[int, int], *, moments: bool = False) -> int:
+    """Peak bytes of one matrix at work: float32 copies, the spectrum in float64; with `moments`, H, its factor and the step."""
+    n, d = shape
+    return 4 * 6 * n * d + 8 * min(n, d) ** 2 * 3 + (4 * 3 * d * d if moments else 0)
 
 
 def _moments_bytes(checkpoint: Checkpoint, plans: list[LayerPlan], weighted: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,9 +27,9 @@ from lplr.stream.checkpoint import Checkpoint, LayerPlan
 from lplr.stream.compress import Notify
 from lplr.stream.device import usable_device
 from lplr.stream.matrix import seeded
-from lplr.stream.overlap import matrix_workers
 from lplr.stream.sensitivity import Say
 from lplr.stream.source import check_finite
+from lplr.stream.workers import Threads
 
 SHOWN = (1, 2, 3, 4)  # bits per weight at which losses are told
 
@@ -107,7 +108,7 @@ def measured_losses(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Reci
     device = usable_device(recipe.device)
     tokens, _ = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
     generator = seeded(recipe.seed, KIND, device)
-    with tempfile.TemporaryDirectory() as folder, matrix_workers(device) as workers:
+    with tempfile.TemporaryDirectory() as folder, closing(Threads(device)) as workers:
         line = allocation(checkpoint, chosen, recipe, tokens, Path(folder), device, generator, workers, say)
     return _losses(line, {p.name: (line["layers"][p.name]["bits"], prod(p.shape)) for p in chosen})
 

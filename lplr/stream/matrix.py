@@ -23,6 +23,7 @@ from lplr.stream.shards import pieces
 from lplr.stream.source import check_finite
 
 TUNED = "tuned after it was rounded: no a-priori bound"
+VANISHED = "stored as zero: its values lie below the range of bfloat16 scales"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _record(
     lost = [name for name, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
     facts.update(dict.fromkeys(lost))
     beyond = f"{', '.join(lost)} beyond the range of floating point" if lost else ""
-    facts["note"] = "; ".join(filter(None, [seen.note, facts.get("note", ""), beyond]))
+    vanished = VANISHED if f.is_zero and facts["norm"] > 0 else ""
+    facts["note"] = "; ".join(filter(None, [seen.note, vanished, facts.get("note", ""), beyond]))
     fmt = f.format
     return LayerRecord(
         **common,

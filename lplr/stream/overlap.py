@@ -1,5 +1,4 @@
-"""What is done while something else is computed: the next matrix comes in, the last shard goes out, each in a thread; several
-matrices are worked on at a time."""
+"""What is done while something else is computed: the next matrix comes in, the last shard goes out, each in a thread."""
 
 from __future__ import annotations
 
@@ -8,16 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from types import TracebackType
 
-import torch
 from torch import Tensor
-
-AT_ONCE = 4  # matrices in work at a time: each holds a few float32 copies of itself
-
-
-def matrix_workers(device: torch.device) -> ThreadPoolExecutor:
-    """Threads for work on whole matrices: the encoders of most grids run in one.  A GPU has enough to do with one matrix."""
-    count = min(AT_ONCE, torch.get_num_threads()) if device.type == "cpu" else 1
-    return ThreadPoolExecutor(count, thread_name_prefix="lplr-matrix")
 
 
 class ReadAhead:

@@ -16,7 +16,7 @@ from lplr.hf.load import load_model
 from lplr.linalg.hessian import DAMPING
 from lplr.nn.swap import is_conv1d
 from lplr.recipe import make_recipe
-from lplr.stream import calibrate, compress
+from lplr.stream import calibrate, compress, workers
 from lplr.stream.calibrate import Activations, batch_rows
 from lplr.stream.moments import InputMoments
 
@@ -61,7 +61,7 @@ def test_hessians_are_those_of_the_model_with_its_prefix_compressed(
     seen: dict[str, torch.Tensor] = {}
     steps: dict[str, torch.Tensor] = {}
     windows: list[torch.Tensor] = []
-    true_matrix, true_windows = compress.compress_matrix, compress.calibration_windows
+    true_matrix, true_windows = workers.compress_matrix, compress.calibration_windows
 
     def matrix(recipe: Any, p: Any, weight: torch.Tensor, known: Any, device: torch.device) -> Any:
         if known.H is not None:
@@ -75,7 +75,7 @@ def test_hessians_are_those_of_the_model_with_its_prefix_compressed(
         windows.append(found[0])
         return found
 
-    monkeypatch.setattr(compress, "compress_matrix", matrix)
+    monkeypatch.setattr(workers, "compress_matrix", matrix)
     monkeypatch.setattr(compress, "calibration_windows", spy)
     chosen = {"dataset": str(source / "text.txt"), "nsamples": 6, "seqlen": 32, "alternations": 0, "bits": 3}
     chosen["allocation"] = "uniform"
