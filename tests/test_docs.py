@@ -27,7 +27,7 @@ from lplr.evaluate.result import EvalResult
 from lplr.factor import factorize
 from lplr.factor.factorization import _PARTS, Format
 from lplr.kernels.levels import WIDTHS, levels, narrower, packed_shape
-from lplr.recipe import METHOD_NAMES, FactorSpec, Recipe, Rule, make_recipe
+from lplr.recipe import METHOD_NAMES, PRESETS, FactorSpec, Recipe, Recovery, Rule, make_recipe
 from lplr.records import LayerRecord
 from lplr.ship.export import Exported
 from lplr.stream.shards import write_index, write_shard
@@ -149,6 +149,8 @@ def test_the_settings_of_a_recipe_are_all_told_with_their_defaults():
         default = Recipe.model_fields[name].default
         if name != "model":
             shown = ", ".join(default) if isinstance(default, tuple) else default
+            if isinstance(default, Recovery):
+                shown = next(preset for preset, meant in PRESETS.items() if meant == default)
             assert told == ("none" if shown in (None, "") else str(shown)), name
 
 
