@@ -17,7 +17,7 @@ from rich.table import Table
 
 import lplr
 from lplr import tables
-from lplr.cli import heads
+from lplr.cli import heads, neurons
 from lplr.errors import RecipeError
 from lplr.recipe import METHOD_NAMES, WIDTHS, Recipe, load_recipe, make_recipe
 from lplr.terminal import clear_errors, fail, notice, out, progress_bar
@@ -133,9 +133,7 @@ def compress(
             _push(folder, push_to_hub, private, None)
 
 
-def _with_budget(
-    recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool
-) -> Recipe:
+def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool) -> Recipe:
     """The recipe with the bits that a size or a device allows, where one is named."""
     if size is None and fit is None:
         return recipe
@@ -230,6 +228,7 @@ def evaluate(
 
 for _name, _command in (("fit-head", heads.fit_head), ("prune-head", heads.prune_head), ("explain-head", heads.explain_head)):
     app.command(_name)(_command)
+app.command("prune")(neurons.prune)
 
 
 @app.command()
