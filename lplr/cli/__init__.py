@@ -133,7 +133,9 @@ def compress(
             _push(folder, push_to_hub, private, None)
 
 
-def _with_budget(recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool) -> Recipe:
+def _with_budget(
+    recipe: Recipe, size: str | None, fit: str | None, context: int, given: bool, allow_pickle: bool
+) -> Recipe:
     """The recipe with the bits that a size or a device allows, where one is named."""
     if size is None and fit is None:
         return recipe
