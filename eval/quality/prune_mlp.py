@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lplr import load, load_tokenizer
 from lplr.evaluate.facts import versions
 from lplr.evaluate.perplexity import evaluate
-from lplr.hf.skeleton import blocks
+from lplr.hf.skeleton import blocks, load_config
 from lplr.hf.text import evaluation_tokens, read_text
 from lplr.linalg.eliminate import others, output_error, refitted
 from lplr.nn.gated import gated_mlps
@@ -41,11 +41,11 @@ from lplr.recipe import Recipe, make_recipe
 from lplr.stream.calibrate import advance, calibration_windows, embed, loaded
 from lplr.stream.checkpoint import open_checkpoint
 from lplr.stream.matrix import seeded
-from lplr.stream.moments import collect
-from lplr.stream.neurons import SELECTIONS, kept_neurons, prune
+from lplr.stream.neurons import SELECTIONS, kept_neurons, neuron_moments, prune
 
 TARGET = Path(__file__).parents[1] / "results/prune_mlp.json"
 SHARES = ("10%", "20%", "5%")
+WINDOW = 2048  # tokens that are read at once, or the model's context
 WAYS = ("elimination+ls", "activation+ls", "magnitude+ls", "elimination+ls+0", "activation", "magnitude", "elimination")
 
 
@@ -70,9 +70,7 @@ def moments(recipe: Recipe) -> dict[str, Tensor]:
         for i in range(len(ck.stack)):
             with loaded(ck, i, cpu) as block:
                 (mlp,) = gated_mlps(block)
-                H, _ = collect(block, {"down": mlp.module.get_submodule(mlp.down)}, inputs, kwargs[i], cpu).of("down")
-                assert H is not None
-                found[str(i)] = H
+                found[str(i)], _ = neuron_moments(block, mlp, inputs, kwargs[i], cpu)
                 advance(block, inputs, kwargs[i], cpu)
         inputs.close()
     return found
@@ -101,10 +99,11 @@ class Bench:
         self.recipe = make_recipe(
             {"model": args.model, "dataset": args.calibration, "nsamples": args.rows, "seqlen": args.seqlen, "propagation": 0}
         )
+        self.window = min(WINDOW, load_config(args.model).max_position_embeddings)
         self.known: dict[str, Tensor] = {}
 
     def measured(self, model: nn.Module) -> dict[str, Any]:
-        found = evaluate(model, self.tokens, seqlen=2048, max_windows=self.args.windows, text=self.text)
+        found = evaluate(model, self.tokens, seqlen=self.window, max_windows=self.args.windows, text=self.text)
         return {"perplexity": found.perplexity, "nll": list(found.per_window["nll"])}
 
     def moments(self) -> dict[str, Tensor]:
@@ -158,7 +157,7 @@ def main() -> None:
     name = f"{args.name or Path(args.model).resolve().name}, {args.rows} x {args.seqlen}"
     header = {
         "model": name,
-        "text": {"name": bench.text.name, "sha256": bench.text.sha256, "seqlen": 2048, "windows": args.windows},
+        "text": {"name": bench.text.name, "sha256": bench.text.sha256, "seqlen": bench.window, "windows": args.windows},
         "calibration": {"name": calibration.name, "sha256": calibration.sha256, "rows": args.rows, "seqlen": args.seqlen},
         "versions": versions(),
     }

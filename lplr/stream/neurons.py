@@ -5,6 +5,10 @@ down.  Block by block, behind everything that is pruned already, the second mome
 chosen, and down becomes the least-squares map of the kept activations to the outputs (`linalg.eliminate`).  With `propagation`
 these are in part the original model's outputs (`stream.moments`).  Every block keeps as many neurons: the config has one number.
 
+A token counts by 1 / mean(y^2), y the hidden state behind the block: what follows divides by the size of y.  Without it the few
+tokens whose states are a thousand times larger than others' decide alone what a block keeps (Sun et al., "Massive activations in
+large language models", COLM 2024).
+
 The result is a plain dense folder.  It is made from a dense model and compressed afterwards: in a compressed one, rows of gate
 and up could be dropped from codes that stand by rows, but not where an output rotation mixes the rows, as in most formats, and a
 refitted down needs new codes in any case.
@@ -15,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -30,7 +34,9 @@ import lplr
 from lplr.errors import CheckpointError, OutputError, RecipeError, UnsupportedModel, choose
 from lplr.files import write_atomic, write_text_atomic
 from lplr.hf.export import tokenizer_files
+from lplr.hf.skeleton import run_block
 from lplr.linalg.eliminate import eliminated, others, output_error, refitted
+from lplr.linalg.hessian import Hessian, shrunk
 from lplr.nn.gated import GatedMLP, gated_mlps
 from lplr.nn.swap import weight_of
 from lplr.recipe import Recipe
@@ -39,7 +45,7 @@ from lplr.stream.checkpoint import Checkpoint, Stored, open_checkpoint
 from lplr.stream.device import usable_device
 from lplr.stream.estimate import LIBRARIES, OVERHEAD, matmul_rate
 from lplr.stream.matrix import seeded
-from lplr.stream.moments import Original, collect
+from lplr.stream.moments import Drift, Original
 from lplr.stream.shards import shard_name, write_index, write_shard
 
 RECORD = "pruned.json"
@@ -310,7 +316,7 @@ def _blocks(
             with loaded(ck, i, device) as block:
                 mlp, H, away = gated_mlps(block)[0], None, None
                 if inputs is not None:
-                    H, away = _moments(block, mlp, inputs, originals, kwargs[i], device)
+                    H, away = neuron_moments(block, mlp, inputs, kwargs[i], device, originals)
                 dtype = ck.stored_dtype(".".join(filter(None, (ck.prefix, str(i), mlp.name, mlp.down, "weight"))))
                 gone, error = choice.apply(mlp, H, away, dtype)
                 if inputs is not None and i + 1 < count:
@@ -322,24 +328,40 @@ def _blocks(
                 states.close()
 
 
-def _moments(
+@torch.no_grad()
+def neuron_moments(
     block: nn.Module,
     mlp: GatedMLP,
     inputs: Activations,
-    originals: Activations | None,
-    kwargs: dict[str, Any],
+    kwargs: Mapping[str, Any],
     device: torch.device,
+    originals: Activations | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """H of the neurons' activations and, beside the original block, the step that makes up for what is pruned already."""
-    down = mlp.module.get_submodule(mlp.down)
+    """H = E[h h^T] of the neurons' activations, tokens weighted as above, and the step that makes up for what is pruned already.
+
+    originals: the block's inputs behind original blocks; they become its outputs there.  Without them there is no step.
+    """
+    down = ".".join(filter(None, (mlp.name, mlp.down)))
     original = None if originals is None else Original.of(block, originals)
-    found = collect(block, {"down": down}, inputs, kwargs, device, original, last=True)
-    H, step = found.of("down")
+    hessian, drift = Hessian(mlp.neurons, device), Drift(mlp.neurons, device)
+    seen: list[Tensor] = []
+    handle = block.get_submodule(down).register_forward_pre_hook(lambda _, given: seen.append(given[0].float()))
+    try:
+        for rows in inputs.batches():
+            y = run_block(block, inputs.get(rows).to(device), kwargs).float()
+            root = y.square().mean(-1, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny).rsqrt()
+            h = seen.pop()
+            hessian.add(h * root)
+            if original is not None:
+                before = original.run(rows, [down], kwargs, device, last=True)[down]
+                drift.add(before.float() * root, h * root)
+    finally:
+        handle.remove()
+    H = hessian.mean()
     if H is None:
-        raise CheckpointError(
-            f"activations of {mlp.name} on the calibration text leave the range of float32: give another --dataset"
-        )
-    return H, step
+        raise CheckpointError(f"activations of {down} on the calibration text leave the range of float32: give another --dataset")
+    H = shrunk(H, hessian.rows)
+    return H, None if original is None else drift.step(H)
 
 
 def _stored(checkpoint: Checkpoint, index: int, block: nn.Module) -> dict[str, Tensor]:

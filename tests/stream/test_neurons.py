@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -45,14 +46,20 @@ def rows_of(model: Path) -> Tensor:
     return calibration_tokens(load_tokenizer(model), text, 6, 32, seeded(0, "calibration"))
 
 
-def activations(model: Any, index: int, rows: Tensor) -> Tensor:
-    """The inputs of a block's down (tokens, neurons), float64."""
+def activations(model: Any, index: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs of a block's down (tokens, neurons), and 1 / mean(y^2) of its output y (tokens,); float64."""
     seen: list[Tensor] = []
-    handle = model.model.layers[index].mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    block = model.model.layers[index]
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0])),
+        block.register_forward_hook(lambda _, given, y: seen.append(y[0] if isinstance(y, tuple) else y)),
+    ]
     with torch.no_grad():
         model(input_ids=rows)
-    handle.remove()
-    return torch.cat(seen).flatten(0, 1).double()
+    for handle in handles:
+        handle.remove()
+    h, y = (found.flatten(0, 1).double() for found in seen)
+    return h, 1 / y.square().mean(1)
 
 
 def removed(folder: Path) -> list[list[int]]:
@@ -70,21 +77,18 @@ def test_down_is_least_squares_behind_the_pruned_blocks(propagation: float, base
         mlp, old = new.model.layers[i].mlp, original.model.layers[i].mlp
         assert torch.equal(mlp.gate_proj.weight, old.gate_proj.weight[kept])
         assert torch.equal(mlp.up_proj.weight, old.up_proj.weight[kept])
-        h = activations(new, i, rows)  # only the kept ones; the blocks before are pruned, as they were then
-        whole = h.new_zeros(len(h), INNER)
-        whole[:, kept] = h
-        with torch.no_grad():  # the others, from the same input of the MLP
-            x = new.model.layers[i].mlp.gate_proj
-            seen: list[Tensor] = []
-            handle = x.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
-            new(input_ids=rows)
-            handle.remove()
-            z = seen[0].flatten(0, 1)
-            whole[:, gone] = (old.act_fn(old.gate_proj(z)) * old.up_proj(z)).double()[:, gone]
+        # a model whose blocks are pruned before this one, as they were then
+        mixed = copy.deepcopy(new)
+        mixed.model.layers[i] = copy.deepcopy(original.model.layers[i])
+        whole, weights = activations(mixed, i, rows)
+        h, _ = activations(new, i, rows)
+        torch.testing.assert_close(h, whole[:, kept], rtol=1e-4, atol=1e-5)
+        roots = weights.sqrt()[:, None]
+        h, whole = h * roots, whole * roots
         W = old.down_proj.weight.detach().double()
         if propagation:  # the whole step: W (I + D H^-1), with the damping of `stream.moments`
             H = whole.T @ whole / len(whole)
-            D = (activations(original, i, rows) - whole).T @ whole / len(whole)
+            D = (activations(original, i, rows)[0] * roots - whole).T @ whole / len(whole)
             W = W + W @ D @ torch.linalg.inv(H + 0.01 * H.diagonal().mean() * torch.eye(INNER))
         sizes = (whole.square().mean(0).sqrt())[kept]
         left = torch.cat([h / len(h) ** 0.5, RIDGE**0.5 * torch.diag(sizes)])
