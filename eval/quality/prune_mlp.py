@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -161,12 +162,14 @@ def main() -> None:
         "calibration": {"name": calibration.name, "sha256": calibration.sha256, "rows": args.rows, "seqlen": args.seqlen},
         "versions": versions(),
     }
-    every = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
+
+    def kept() -> dict[str, Any]:
+        return json.loads(TARGET.read_text()) if TARGET.is_file() else {}
 
     def keep() -> None:
-        TARGET.write_text(json.dumps({**every, name: results}, indent=1) + "\n")
+        TARGET.write_text(json.dumps({**kept(), name: results}, indent=1) + "\n")  # another run may have written since
 
-    results = every.get(name, {})
+    results = kept().get(name, {})
     if {k: results.get(k) for k in header} != header:
         results = {**header, "full": bench.measured(load(args.model)), "rows": {}}
         print(f"full: {results['full']['perplexity']:.4f}", flush=True)
@@ -174,7 +177,10 @@ def main() -> None:
     for share in args.shares:
         for way in args.only:
             if f"{way} {share}" not in results["rows"]:
-                row = results["rows"][f"{way} {share}"] = bench.row(way, share)
+                row = bench.row(way, share)
+                gaps = [a - b for a, b in zip(row.pop("nll"), results["full"]["nll"], strict=True)]
+                row |= {"log_ratio": statistics.mean(gaps), "log_ratio_se": statistics.stdev(gaps) / len(gaps) ** 0.5}
+                results["rows"][f"{way} {share}"] = row
                 print(f"{way} {share}: {row['neurons'][1]} neurons, {row['perplexity']:.4f}", flush=True)
                 keep()
     table(results)

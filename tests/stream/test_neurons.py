@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from lplr.cli import app
 from lplr.errors import CheckpointError, LplrError, OutputError, RecipeError, UnsupportedModel
+from lplr.evaluate.perplexity import evaluate
 from lplr.files import observed
 from lplr.hf.load import load_model, load_tokenizer
-from lplr.hf.text import calibration_tokens, read_text
+from lplr.hf.text import Text, calibration_tokens, evaluation_tokens, read_text
 from lplr.linalg.eliminate import RIDGE
 from lplr.recipe import Recipe, make_recipe
 from lplr.stream.checkpoint import open_checkpoint
@@ -252,6 +253,21 @@ def test_a_disk_that_fills(at: int, base: Path, tmp_path: Path) -> None:
     with pytest.raises(LplrError, match="full"), observed(full):
         prune(recipe(base), "20%", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_real_model_the_others_take_over(shared: Path, tmp_path: Path) -> None:
+    model, text = shared / "data/models/stories260k", (shared / "data/calibration/tinystories_1mb.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[:200_000])
+    tokens = evaluation_tokens(load_tokenizer(model), Text("rest", [text[-60_000:]], ""))
+    chosen = recipe(model, dataset=str(tmp_path / "text.txt"), nsamples=24, seqlen=512)
+    ratio = {}
+    for selection, correct in (("elimination", True), ("activation", True), ("elimination", False), ("magnitude", False)):
+        out = tmp_path / f"{selection}-{correct}"
+        prune(chosen, "20%", out, selection=selection, correct=correct)
+        found = evaluate(load_model(out), tokens, base=load_model(model), max_windows=8)
+        ratio[selection, correct] = found.ratio
+    # eval/results/prune_mlp.json, on 64 windows: 1.38, 1.41, 1.76, 3.02
+    assert 1 < ratio["elimination", True] < ratio["activation", True] < ratio["elimination", False] < ratio["magnitude", False]
 
 
 def call(*arguments: object) -> Any:
