@@ -5,9 +5,9 @@ down.  Block by block, behind everything that is pruned already, the second mome
 chosen, and down becomes the least-squares map of the kept activations to the outputs (`linalg.eliminate`).  With `propagation`
 these are in part the original model's outputs (`stream.moments`).  Every block keeps as many neurons: the config has one number.
 
-A token counts by 1 / mean(y^2), y the hidden state behind the block: what follows divides by the size of y.  Without it the few
-tokens whose states are a thousand times larger than others' decide alone what a block keeps (Sun et al., "Massive activations in
-large language models", COLM 2024).
+A token counts by 1 / mean(y^2), y the hidden state behind the block: what follows divides by the size of y, and the few tokens
+whose states are a thousand times larger than others' (Sun et al., "Massive activations in large language models", COLM 2024) are
+not to decide alone what a block keeps.
 
 The result is a plain dense folder.  It is made from a dense model and compressed afterwards: in a compressed one, rows of gate
 and up could be dropped from codes that stand by rows, but not where an output rotation mixes the rows, as in most formats, and a
