@@ -107,11 +107,9 @@ def neurons(found: Explained) -> None:
         out.print(table)
     linear = "" if found.linear_effect is None else f"; the linear part's effect is {found.linear_effect:.3g}"
     where = f"accuracy {found.accuracy:.4f} on {found.samples:,} texts of {escape(found.dataset)}"
-    out.print(
-        f"{found.network_neurons} neurons, {where}{linear}. "
-        "Each table: the texts that the neuron is made of, those deepest on its open side, those on its closed side.",
-        soft_wrap=True,
-    )
+    tables = "Each table: the texts that the neuron is made of, those deepest on its open side, those on its closed side."
+    told = tables if found.neurons else "The head has no neurons: what it does is its linear part."
+    out.print(f"{found.network_neurons} neurons, {where}{linear}. {told}", soft_wrap=True)
 
 
 def losses(model: str, found: Losses) -> None:

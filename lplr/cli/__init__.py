@@ -17,7 +17,7 @@ from rich.table import Table
 
 import lplr
 from lplr import tables
-from lplr.cli import heads
+from lplr.cli import heads, neurons
 from lplr.errors import RecipeError
 from lplr.recipe import METHOD_NAMES, WIDTHS, Recipe, load_recipe, make_recipe
 from lplr.terminal import clear_errors, fail, notice, out, progress_bar
@@ -241,6 +241,7 @@ def evaluate(
 
 for _name, _command in (("fit-head", heads.fit_head), ("prune-head", heads.prune_head), ("explain-head", heads.explain_head)):
     app.command(_name)(_command)
+app.command("prune")(neurons.prune)
 
 
 @app.command()

@@ -82,7 +82,8 @@ def prune_head(
             found = run(head, dataset, held_out=held_out, output=output, limit=limit, gates=gates, device=device, progress=step)
         tables.rows(found.head.folder, COLUMNS, as_table(found))
         notice(f"{write_pruning(Path(found.head.folder))}: accuracy against size")
-        out.print(f"{found.before} neurons before, {found.head.neurons} now. {found.head.verdict.capitalize()}.", soft_wrap=True)
+        sizes = f"{found.before} neurons before, {found.head.neurons} now"
+        out.print(f"{sizes}. On the held-out text: {found.head.verdict}.", soft_wrap=True)
 
 
 def explain_head(

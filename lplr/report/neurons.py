@@ -42,7 +42,7 @@ def render(facts: dict[str, Any]) -> str:
     """The page as text."""
     classes = list(facts["classes"])
     keys = [(name, MARKS[CLASSES[c % len(CLASSES)][1]], COLOURS[c % len(COLOURS)]) for c, name in enumerate(classes)]
-    linear = facts["linear_effect"]
+    linear, shown = facts["linear_effect"], len(facts["neurons"])
     cards = [
         (
             "Accuracy",
@@ -52,7 +52,7 @@ def render(facts: dict[str, Any]) -> str:
         (
             "Neurons",
             number(facts["network_neurons"], 9),
-            f"of the {facts['kind']} network; the {len(facts['neurons'])} strongest follow",
+            f"of the {facts['kind']} network; " + (f"the {shown} strongest follow" if shown else "its linear part does it all"),
         ),
     ]
     if linear is not None:

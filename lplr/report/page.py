@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from lplr.errors import OutputError
 from lplr.files import write_text_atomic
 from lplr.records import LEDGER, LayerRecord, bits_per_weight, layers, read
-from lplr.report.evaluations import Evaluations, tables
+from lplr.report.evaluations import Evaluations, Table, tables
+from lplr.report.heads import head_tables
 from lplr.report.html import rendered
 from lplr.report.network import kinds, network
 from lplr.report.plots import error_limits, errors_of_kind, relative, spectra_of_kind
@@ -49,7 +50,7 @@ class Column(NamedTuple):
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html from run.jsonl and every eval-*.json of the folder, and return its path.
+    """Write report.html from run.jsonl, every eval-*.json of the folder and its heads, and return its path.
 
     Raises OutputError when the folder has no run.jsonl, one of these files is damaged, or the page cannot be written.
     """
@@ -63,14 +64,16 @@ def write_report(folder: Path) -> Path:
         raise OutputError(f"{ledger}: a layer record is damaged ({error.errors()[0]['msg']}): compress again") from None
     except OSError as error:
         raise OutputError(f"{ledger} cannot be read ({error.strerror}): check its permissions") from None
-    evaluations = [(path.name, _evaluation(path)) for path in sorted(folder.glob("eval-*.json"))]
-    html = render(entries, records, evaluations)
+    evaluations = [(path.name, _json(path)) for path in sorted(folder.glob("eval-*.json"))]
+    html = render(entries, records, evaluations, head_tables(folder, _json))
     path = folder / REPORT
     write_text_atomic(path, html)
     return path
 
 
-def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations) -> str:
+def render(
+    entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations, heads: Sequence[Table] = ()
+) -> str:
     """The page as text."""
     run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
     done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
@@ -81,6 +84,7 @@ def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], ev
         warnings=_warnings(done, records, evaluations),
         headline=_headline(done or {}, records, evaluations, calibration),
         tables=tables(evaluations),
+        heads=heads,
         settings=_settings(run, done or {}, calibration),
         figures=_figures(records),
         network=network(records),
@@ -93,13 +97,13 @@ def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], ev
     )
 
 
-def _evaluation(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise OutputError(f"{path} is not the JSON of an evaluation: delete it, or run `lplr eval` again")
+        raise OutputError(f"{path} is not the JSON of an evaluation or a head: delete it, or run the command that wrote it again")
     return found
 
 

@@ -56,6 +56,11 @@ def test_the_samples_of_a_wedge_lasso_are_found_again(d: int):
         assert neuron.agreement >= 1 - (d + 0.5) / 25 and neuron.correlation == pytest.approx(1, abs=1e-9)  # its own are on it
 
 
+def test_a_network_without_neurons_has_none_to_explain():
+    gates = Gates(normal(0, 3, 0), normal(0, 0))
+    assert explain(gated(gates, normal(1, 0, 2, 3), normal(1, 0, 2)), normal(2, 20, 3), samples=2) == []
+
+
 def test_what_a_neuron_does():
     """Effects, sides and distances of a gated network, one sample at a time."""
     X = normal(0, 40, 3)
@@ -138,6 +143,16 @@ def test_the_command_prints_and_writes_a_page(head: Path, texts: tuple[str, str]
         and "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     )
     assert CliRunner().invoke(app, ["explain-head", str(head.parent), "--dataset", texts[0]]).exit_code == 2
+
+
+def test_a_head_without_neurons_is_told_of(folder: Path, texts: tuple[str, str]):  # noqa: F811
+    none = fit_head(str(folder), texts[0], lam=1e3, output=folder / "heads" / "none", **SMALL)
+    assert none.neurons == 0
+    done = CliRunner().invoke(app, ["explain-head", none.folder, "--dataset", texts[0]])
+    assert done.exit_code == 0 and "The head has no neurons" in done.stdout
+    assert "its linear part does it all" in (Path(none.folder) / "explain.html").read_text(encoding="utf-8")
+    done = CliRunner().invoke(app, ["prune-head", none.folder, "--dataset", texts[0]])
+    assert done.exit_code == 0 and "0 neurons before, 0 now" in done.stdout
 
 
 def test_what_cannot_be_explained_is_refused(head: Path, texts: tuple[str, str], tmp_path: Path):  # noqa: F811
