@@ -3,8 +3,8 @@
     python eval/bench.py [STEP ...] [--list] [--force] [--data ../shared/data] [--cache .bench]
     make bench [STEPS="peers papers_images"] [FORCE=1] [LIST=1] [DATA=FOLDER]
 
-STEP picks a step by its name, or all steps whose names begin with it and an underscore (`peers`, `papers`).  A name in braces in a
-command is a place: a file of the data folder, or something that is made first, once, in the cache (MADE: the dense model, the
+STEP picks a step by its name, or all steps whose names begin with it and an underscore (`peers`, `papers`).  A name in braces in
+a command is a place: a file of the data folder, or something that is made first, once, in the cache (MADE: the dense model, the
 sentence encoder, compressed models, and for each library that pins other versions than we do an environment of its own).
 
 Each step is a process.  Its output goes to the screen and to CACHE/logs; CACHE/done remembers with which settings it ended well.
@@ -56,7 +56,7 @@ class Made:
 
 def environment(*packages: str) -> Made:
     """An interpreter with the same torch as ours, which is installed first, and a library with what it pins."""
-    return Made(f"eval/prepare.py environment {{to}} {TORCH} {' '.join(packages)}", "ready", 5)
+    return Made(f"eval/prepare.py environment {{to}} {TORCH} accelerate {' '.join(packages)}", "ready", 5)
 
 
 def compressed(bits: int, *options: str) -> Made:
@@ -69,12 +69,12 @@ MADE: dict[str, Made] = {
     "minilm": Made("eval/prepare.py embedder {to}", "config.json", 1),
     "smol_2bit": compressed(2),
     "smol_1bit": compressed(1, "--method double_binary"),
-    "python_hqq": environment("transformers==5.23.0", "accelerate", "hqq==0.2.8.post1"),
-    "python_gptqmodel": environment("transformers==5.23.0", "accelerate", "gptqmodel==7.6.0"),
-    "python_llmcompressor": environment("transformers==5.17.0", "accelerate", "compressed-tensors==0.19.0", "llmcompressor==0.14.0.1"),
-    "python_auto_round": environment("transformers==5.23.0", "accelerate", "auto-round==0.16.1"),
-    "python_torchao": environment("transformers==5.24.0", "accelerate", "torchao==0.17.0"),
-    "python_quanto": environment("transformers==5.24.0", "accelerate", "optimum-quanto==0.2.7"),
+    "python_hqq": environment("transformers==5.23.0", "hqq==0.2.8.post1"),
+    "python_gptqmodel": environment("transformers==5.23.0", "gptqmodel==7.6.0"),
+    "python_llmcompressor": environment("transformers==5.17.0", "compressed-tensors==0.19.0", "llmcompressor==0.14.0.1"),
+    "python_auto_round": environment("transformers==5.23.0", "auto-round==0.16.1"),
+    "python_torchao": environment("transformers==5.24.0", "torchao==0.18.0"),
+    "python_quanto": environment("transformers==5.24.0", "optimum-quanto==0.2.7"),
     "python_pyscnn": environment("pyscnn==0.0.10"),
 }  # fmt: skip
 # files of the data folder
@@ -87,6 +87,7 @@ _TEXTS = "--model {smol} --calibration {c4} --heldout {wikitext}"
 _PEERS = "eval/quality/peers.py --model {smol} --wikitext {wikitext} --calibration {c4} --only"
 _HEADS = "eval/convex/heads.py --data {data} --cache {cache}/features"
 _SPLIT_BY_SEED = "uci/ionosphere uci/sonar uci/breast-cancer-wisconsin uci/banknote_authentication uci/german"
+_CRONOS = "'CRONOS, as published' 'CRONOS, repaired'"
 _PRACTICE = "logistic ridge 'linear SVM' 'kernel SVM' LightGBM 'sklearn MLP' 'AdamW MLP' ours"
 
 STEPS = (
@@ -109,8 +110,16 @@ STEPS = (
         45,
         2,
     ),
-    Step("peers_auto_round", f"{_PEERS} auto-round-4 auto-round-2 --python auto-round={{python_auto_round}}", "peers.json", 30, 2),
-    Step("peers_torchao", f"{_PEERS} torchao-int8 torchao-int4 --python torchao={{python_torchao}}", "peers.json", 4, 2),
+    Step(
+        "peers_auto_round", f"{_PEERS} auto-round-4 auto-round-2 --python auto-round={{python_auto_round}}", "peers.json", 30, 2
+    ),
+    Step(
+        "peers_torchao",
+        f"{_PEERS} torchao-int8 torchao-int4 torchao-int4-hqq --python torchao={{python_torchao}}",
+        "peers.json",
+        4,
+        2,
+    ),
     Step("peers_quanto", f"{_PEERS} quanto-8 quanto-4 quanto-2 --python optimum-quanto={{python_quanto}}", "peers.json", 6, 2),
     Step(
         "peers_llama_cpp",
@@ -134,11 +143,16 @@ STEPS = (
     ),
     Step("papers_llama_layers", "eval/papers/llama_layers.py --model {smol} --blocks 15", "papers_llama_layers.json", 8),
     Step("papers_caldera_rank", f"eval/papers/caldera_rank.py {_TEXTS} --blocks 15", "papers_caldera_rank.json", 15),
-    Step("papers_optimal_sets_figure2", "eval/papers/optimal_sets.py figure2 --data {data}", "papers_optimal_sets_figure2.json", 45),
+    Step(
+        "papers_optimal_sets_figure2", "eval/papers/optimal_sets.py figure2 --data {data}", "papers_optimal_sets_figure2.json", 45
+    ),
     Step("papers_optimal_sets_tables", "eval/papers/optimal_sets.py tables --data {data}", "papers_optimal_sets_tables.json", 20),
     Step("papers_wedge_spiral", "eval/papers/wedge.py spiral", "wedge.json", 8),
     Step(
-        "papers_wedge_text", "eval/papers/wedge.py text --data {data} --embedder {minilm} --cache {cache}/features", "wedge.json", 20
+        "papers_wedge_text",
+        "eval/papers/wedge.py text --data {data} --embedder {minilm} --cache {cache}/features",
+        "wedge.json",
+        20,
     ),
     Step("papers_wedge_large", "eval/papers/wedge.py large --data {data}", "wedge.json", 1, 2),
     Step("convex_fixed", "eval/convex/fixed.py --peer-python {python_pyscnn}", "convex_fixed.json", 12),
@@ -153,7 +167,7 @@ STEPS = (
     ),
     Step(
         "convex_heads_cronos",
-        f"{_HEADS} --model 2bit={{smol_2bit}} --sets sst2/2bit uci/ionosphere uci/sonar --only 'CRONOS, as published' 'CRONOS, repaired'",
+        f"{_HEADS} --model 2bit={{smol_2bit}} --sets sst2/2bit uci/ionosphere uci/sonar --only {_CRONOS}",
         "convex_heads.json",
         30,
     ),
@@ -166,8 +180,8 @@ STEPS = (
     Step("convex_heads_uci", f"{_HEADS} --sets {_SPLIT_BY_SEED} --only {_PRACTICE}", "convex_heads.json", 8),
     Step(
         "kernels_cpu",
-        "eval/kernels/cpu.py --seconds 0.12 --rounds 3 --shapes 'Llama-2-7B attention' 'Llama-2-7B up' --tokens 1 --ggml xllamacpp "
-        "--output eval/results/kernels_cpu.json",
+        "eval/kernels/cpu.py --seconds 0.12 --rounds 3 --shapes 'Llama-2-7B attention' 'Llama-2-7B up' --tokens 1 "
+        "--ggml xllamacpp --output eval/results/kernels_cpu.json",
         "kernels_cpu.json",
         5,
         2,
@@ -323,7 +337,8 @@ def listing(steps: list[Step]) -> None:
         first = f"  (first {', '.join(f'{name} {MADE[name].minutes:g} min' for name in needs)})" if needs else ""
         print(f"{step.name:28} {step.minutes:5g} min  {step.command.split()[0]} -> {step.result or 'the screen'}{first}")
     made = {name for step in steps for name in places(step.command) if name in MADE}
-    print(f"together about {sum(s.minutes for s in steps) / 60:.1f} h, and {sum(MADE[name].minutes for name in made) / 60:.1f} h to make what they need")  # fmt: skip
+    minutes = sum(step.minutes for step in steps), sum(MADE[name].minutes for name in made)
+    print(f"together about {minutes[0] / 60:.1f} h, and {minutes[1] / 60:.1f} h to make what they need")
 
 
 def main() -> None:

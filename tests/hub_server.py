@@ -252,6 +252,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
     """A Hub that this process takes for the real one, with the right token; downloads go to the folder."""
     with serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))

@@ -107,7 +107,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "eval").mkdir()
     (tmp_path / "data").mkdir()
     (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "make.py").write_text("import sys, pathlib; t = pathlib.Path(sys.argv[1]); t.mkdir(); (t / 'ready').write_text('x')")
+    (tmp_path / "make.py").write_text("import sys, pathlib; t = pathlib.Path(sys.argv[1]); t.mkdir(); (t / 'ready').touch()")
     steps = (
         bench.Step("one", "script.py {data}/ran one 0", "one.json", 1),
         bench.Step("two_fails", "script.py {data}/ran two 3", "", 1),
@@ -187,13 +187,19 @@ def test_codes_are_unpacked_as_they_were_packed():
         codes, zeros = torch.randint(2**bits, (d, n), generator=draw), torch.randint(2**bits, (d // group, n), generator=draw)
         scales = torch.rand(d // group, n, generator=draw).half()
         per = 32 // bits
-        qweight = [[sum(int(codes[i * per + k, j]) << bits * k for k in range(per)) for j in range(n)] for i in range(d // per)]
-        qzeros = [[sum(int(zeros[g, j * per + k]) << bits * k for k in range(per)) for j in range(n // per)] for g in range(d // group)]
+        qweight = [[word(codes[i * per : (i + 1) * per, j], bits) for j in range(n)] for i in range(d // per)]
+        qzeros = [[word(zeros[g, j * per : (j + 1) * per], bits) for j in range(n // per)] for g in range(d // group)]
         stored = {"qweight": signed(qweight), "qzeros": signed(qzeros), "scales": scales}
         want = torch.empty(n, d)
         for i in range(d):
             want[:, i] = (codes[i] - zeros[i // group]) * scales[i // group].float()
         torch.testing.assert_close(unpacked(stored, bits, group), want, rtol=0, atol=0)
+        of_group = torch.arange(d) // group
+        torch.testing.assert_close(unpacked(stored, bits, group, 1), want - scales.float()[of_group].T, rtol=1e-6, atol=1e-6)
+
+
+def word(codes: Any, bits: int) -> int:
+    return sum(int(code) << bits * k for k, code in enumerate(codes))
 
 
 def signed(words: list[list[int]]) -> Any:

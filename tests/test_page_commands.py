@@ -1,13 +1,11 @@
 """Every `lplr` command of README.md and docs/ is run as it stands there, and the Python of the pages too.
 
-The names in them are set up beforehand: models are pico ones, compressed models and heads are made from these, the Hub is a server
-of this process, and datasets of the Hub come from a table.  The other commands of the pages are run elsewhere: `pip install` and
-`make test` by CI, pytest by itself, the scripts of eval/ by their tests; of `make` test_docs checks that the target exists.
+The names in them are set up beforehand: models are pico ones, compressed models and heads are made from these, the Hub is a
+server of this process, and datasets of the Hub come from a table.  Other commands of the pages are run elsewhere: `pip install`
+and `make test` by CI, pytest by itself, scripts of eval/ by their tests; of `make` test_docs checks that the target exists.
 """
 
 from __future__ import annotations
-
-import __future__
 
 import json
 import shlex
@@ -36,7 +34,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=:DeprecationWarning", "ignore::DeprecationWarning:lm_eval", "ignore::ResourceWarning"
 )
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY, CONTEXT = 340, 512
+VOCABULARY = 340
+# sizes that the 4-bit products of bitsandbytes take
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2, "max_position_embeddings": 512}
 REVIEWS = [(f"{word} film, number {i}", label) for i in range(30) for word, label in (("good", "1"), ("bad", "0"))]
 LAMBADA = {"text": "the cat sat on the mat"}
 PIQA = {"goal": "To sit", "sol1": "take a mat", "sol2": "take a cat", "label": 0}
@@ -48,7 +48,8 @@ def tokenizer(text: str) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>", "</s>"]
-    made.train_from_iterator([text], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator([text], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
@@ -70,7 +71,7 @@ def tables(text: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the pages name; nobody writes into it."""
     here = tmp_path_factory.mktemp("world")
-    model = checkpoints.write(here / "my-model", "llama", tokenizer=False, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT)
+    model = checkpoints.write(here / "my-model", "llama", tokenizer=False, vocab_size=VOCABULARY, **SIZES)
     text = "\n".join(checkpoints.text(400, seed) for seed in range(8))
     tokenizer(text + " ".join(words for words, _ in REVIEWS)).save_pretrained(model)
     (here / "text.jsonl").write_text(lines_of([{"text": line} for line in text.splitlines()]))
@@ -78,13 +79,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, row in (("lambada", LAMBADA), ("piqa", PIQA), ("arc_easy", ARC)):
         (here / "data/tasks").mkdir(parents=True, exist_ok=True)
         (here / f"data/tasks/{name}.jsonl").write_text(lines_of([row] * 2))
-    calibrated = {"dataset": str(here / "text.jsonl"), "nsamples": 8, "seqlen": 64, "model": str(model)}
-    for bits, names in {4: ("out", "out4", "out-4bit", "try"), 3: ("out3", "out-3bit"), 2: ("out2", "out-2bit")}.items():
-        runs.run({**calibrated, "bits": bits}, here / names[0])
-        for name in names[1:]:
-            shutil.copytree(here / names[0], here / name)
-    shutil.copytree(model, here / "new-model")
-    shutil.copytree(ROOT / "recipes", here / "recipes")
+    calibrated = {**runs.FAST, "dataset": str(here / "text.jsonl"), "nsamples": 8, "seqlen": 64, "model": str(model)}
+    runs.run({**calibrated, "bits": 5, "method": "caldera", "rank": 4}, here / "out")  # with L R, which makes an adapter
+    for bits in (4, 3, 2):
+        runs.run({**calibrated, "bits": bits}, here / f"out{bits}")
+        shutil.copytree(here / f"out{bits}", here / f"out-{bits}bit")
+    for given, name in ((here / "out4", "try"), (model, "new-model"), (ROOT / "recipes", "recipes")):
+        shutil.copytree(given, here / name)
     (here / "sst2.tsv").write_text("sentence\tlabel\n" + "".join(f"{words}\t{label}\n" for words, label in REVIEWS))
     for command in ("fit-head out --dataset sst2.tsv --gates 8 -o out/heads/sst2", "export out --to peft -o out-peft"):
         words = [str(here / word) if (here / word.split("/")[0]).exists() else word for word in command.split()]
@@ -150,4 +151,4 @@ def programs() -> list[Any]:
 def test_the_python_of_a_page_runs(body: str, place: Path):
     pushed = CliRunner().invoke(cli.app, ["push", "out", "user/name"]) if "user/name" in body else None
     assert pushed is None or pushed.exit_code == 0, pushed.output
-    exec(compile(body, "page", "exec", flags=__future__.annotations.compiler_flag), {})
+    exec("from __future__ import annotations\n" + body, {})

@@ -65,8 +65,10 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 Values = dict[str, list[float]]  # metric -> a value for each sample, in order
 
 
-def own_values(task: str, data: Path, model: Path, samples: int, scratch: Path, told: Callable[[Any], Any] | None = None) -> Values:
-    """As lm-eval scores by itself: HFLM loads the model, datasets the file.  told: what wraps the model, or None."""
+def own_values(
+    task: str, data: Path, model: Path, samples: int, scratch: Path, wrap: Callable[[Any], Any] = lambda lm: lm
+) -> Values:
+    """As lm-eval scores by itself: HFLM loads the model, datasets the file."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -77,12 +79,10 @@ def own_values(task: str, data: Path, model: Path, samples: int, scratch: Path, 
     config |= {"output_type": "multiple_choice", "metric_list": BOTH, **fields}
     tasks = TaskManager(include_defaults=False).load([config])
     lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=1)
-    found = evaluate(told(lm) if told else lm, tasks, limit=samples, bootstrap_iters=0, log_samples=True)
+    found = evaluate(wrap(lm), tasks, limit=samples, bootstrap_iters=0, log_samples=True)
     assert found is not None
     rows = sorted(found["samples"][f"own_{task}"], key=lambda s: s["doc_id"])
     return {m: [float(row[m]) for row in rows] for m in METRICS if m in rows[0]}
-
-
 
 
 def our_values(task: str, data: Path, model: Any, tokenizer: Any, samples: int, kept: Any = None) -> Values:

@@ -51,7 +51,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "auto-round-4": ("auto-round", {"bits": 4, "group_size": 64, "sym": False, "iters": 20, "rows": 32}),
     "auto-round-2": ("auto-round", {"bits": 2, "group_size": 64, "sym": False, "iters": 20, "rows": 32}),
     "torchao-int8": ("torchao", {"weights": "int8"}),
-    "torchao-int4": ("torchao", {"weights": "int4", "group_size": 64, "int4_packing_format": "opaque"}),
+    "torchao-int4": ("torchao", {"weights": "int4", "group_size": 64}),
+    "torchao-int4-hqq": ("torchao", {"weights": "int4", "group_size": 64, "int4_choose_qparams_algorithm": "hqq"}),
     "quanto-8": ("optimum-quanto", {"weights": "qint8"}),
     "quanto-4": ("optimum-quanto", {"weights": "qint4"}),
     "quanto-2": ("optimum-quanto", {"weights": "qint2"}),
@@ -191,11 +192,10 @@ def with_auto_round(folder: str, rows: Tensor, settings: dict[str, Any]) -> tupl
     from transformers import AutoTokenizer
 
     rows = rows[: settings.pop("rows")]
-    data = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
     made = AutoRound(
         dense_model(folder),
         AutoTokenizer.from_pretrained(folder),
-        dataset=data,
+        dataset=list(rows[:, None]),
         nsamples=len(rows),
         seqlen=rows.shape[1],
         batch_size=4,
@@ -204,10 +204,12 @@ def with_auto_round(folder: str, rows: Tensor, settings: dict[str, Any]) -> tupl
         **settings,
     )
     made.quantize_and_save("saved", format="auto_round")
+    about = json.loads(next(Path("saved").rglob("config.json")).read_text())["quantization_config"]
+    one_less = "auto_gptq" in about["packing_format"]  # there zero points are stored less 1
     weights, sizes = {}, {}
     for name, stored in stored_layers(Path("saved")).items():
         count(sizes, stored)
-        weights[name] = unpacked(stored, settings["bits"], settings["group_size"])
+        weights[name] = unpacked(stored, settings["bits"], settings["group_size"], int(one_less))
     return weights, sizes
 
 
@@ -223,21 +225,22 @@ def stored_layers(folder: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def unpacked(stored: dict[str, Tensor], bits: int, group: int) -> Tensor:
-    """(n, d) of GPTQ's packing: codes of 32 / bits inputs in an int32 of qweight (d bits / 32, n), zero points of as many outputs
-    in one of qzeros, W = (code - zero) scale."""
+def unpacked(stored: dict[str, Tensor], bits: int, group: int, less: int = 0) -> Tensor:
+    """(n, d) of GPTQ's packing: codes of 32 / bits inputs in an int32 of qweight (d bits / 32, n), zero points of as many
+    outputs, each less `less`, in one of qzeros, W = (code - zero) scale."""
     places = torch.arange(0, 32, bits)
     mask = 2**bits - 1
     codes = (stored["qweight"][:, None] >> places[:, None] & mask).flatten(0, 1)
     zeros = (stored["qzeros"][:, :, None] >> places & mask).flatten(1)
     of_group = torch.arange(len(codes)) // group
-    return ((codes - zeros[of_group]) * stored["scales"].float()[of_group]).T
+    return ((codes - zeros[of_group] - less) * stored["scales"].float()[of_group]).T
 
 
 def with_torchao(folder: str, _: Tensor, settings: dict[str, Any]) -> tuple[Weights, Sizes]:
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # its only one with 4 bits for processors
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    config = {"int4": Int4WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[settings.pop("weights")]
+    config = {"int4": PrototypeInt4WeightOnlyConfig, "int8": Int8WeightOnlyConfig}[settings.pop("weights")]
     model = dense_model(folder).bfloat16()  # its products with 4 bits are in bfloat16
     quantize_(model, config(**settings), filter_fn=lambda m, name: isinstance(m, nn.Linear) and ".layers." in name)
     weights, sizes = {}, {}
@@ -333,5 +336,3 @@ def work(name: str, folder: str, scratch: Path, calibration: str) -> None:
     }
     save_file({k: w.detach().float().contiguous() for k, w in weights.items()}, scratch / "weights.safetensors")
     (scratch / "facts.json").write_text(json.dumps(facts))
-
-

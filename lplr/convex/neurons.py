@@ -89,7 +89,7 @@ def _parts(network: ReluNetwork | GatedNetwork, X: Tensor) -> tuple[Gates, Tenso
         return gates, (X @ gates.vectors + gates.offsets).clamp_min(0)[:, :, None] * second.weight.double().T
     gates = Gates(network.gates.weight.double().T, network.gates.bias.double())
     values = X @ network.values.weight.double().T + network.values.bias.double()
-    return gates, values.unflatten(1, (len(gates), -1)) * gates.patterns(X)[:, :, None]
+    return gates, values.unflatten(1, (len(gates), network.shape[2])) * gates.patterns(X)[:, :, None]
 
 
 def _within(inner: Tensor, normal: Tensor, leading: Tensor) -> Tensor:
