@@ -23,13 +23,14 @@ class Table(NamedTuple):
     rows: list[dict[str, str]]
 
 
-def tables(evaluations: Evaluations) -> list[Table]:
-    """Those that have a row."""
+def tables(evaluations: Evaluations, heads: Evaluations = ()) -> list[Table]:
+    """Those that have a row.  heads: (name of the head, the JSON of an evaluation of it)."""
     found = (
         Table("results", "Perplexity and divergence", _MEASURED, [_measured(name, e) for name, e in evaluations]),
         Table("certificates", "What the windows prove", _PROVED, [_proved(*c) for c in _objects(evaluations, "certificate")]),
         Table("tasks", "Tasks", _TASKS, [_task(t) for _, t in _objects(evaluations, "tasks")]),
         Table("speed", "Speed and memory", _SPEED, [_speed(*s) for s in _objects(evaluations, "speed")]),
+        Table("heads", "Heads", _HEADS, [_head(*h) for h in heads]),
     )
     return [table for table in found if table.rows]
 
@@ -50,6 +51,11 @@ _TASKS = (
     "Measured by lm-eval; the ± is one standard error. The difference, in percentage points, is taken sample by sample, with "
     "its 95 % interval: where that holds 0, the samples do not tell the models apart. Changed is the share of samples that only "
     "one of the two gets right."
+)
+_HEADS = (
+    "Classifiers that lplr fit-head trained on this model, on labelled text. The ± is one standard error. NLL is the mean "
+    "negative log-likelihood of the right class; the calibration error is how far, on average over 15 bins of confidence, the "
+    "share of right answers lies from the confidence: 0 is perfect."
 )
 _SPEED = "Measured alone, in a process of its own; read is one pass over a prompt, written is greedy decoding after it."
 
@@ -117,6 +123,18 @@ def _speed(text: str, s: dict[str, Any]) -> dict[str, str]:
         "Of it before loading": size(s.get("idle_memory")),
         "Loading": DASH if finite(s.get("load_seconds")) is None else f"{number(s['load_seconds'], 3)} s",
         "Where": f"{show(s.get('dtype'))}, {show(s.get('device'))}, {number(s.get('threads'), 9)} threads",
+    }
+
+
+def _head(name: str, e: dict[str, Any]) -> dict[str, str]:
+    share, se = finite(e.get("accuracy")), finite(e.get("standard_error"))
+    return {
+        "Head": name,
+        "Text": show(e.get("text")),
+        "Samples": number(e.get("samples"), 12),
+        "Accuracy": percent(share) if share is None or se is None else f"{100 * share:.2f} % ± {100 * se:.2f}",
+        "NLL, nats": number(e.get("nll"), 4),
+        "Calibration error": number(e.get("calibration_error"), 3),
     }
 
 

@@ -48,7 +48,7 @@ class Column(NamedTuple):
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html from run.jsonl and every eval-*.json of the folder, and return its path.
+    """Write report.html from run.jsonl and every eval-*.json of the folder and of its heads, and return its path.
 
     Raises OutputError when the folder has no run.jsonl, one of these files is damaged, or the page cannot be written.
     """
@@ -63,13 +63,16 @@ def write_report(folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"{ledger} cannot be read ({error.strerror}): check its permissions") from None
     evaluations = [(path.name, _evaluation(path)) for path in sorted(folder.glob("eval-*.json"))]
-    html = render(entries, records, evaluations)
+    heads = [(path.parent.name, _evaluation(path)) for path in sorted(folder.glob("heads/*/eval-*.json"))]
+    html = render(entries, records, evaluations, heads)
     path = folder / REPORT
     write_text_atomic(path, html)
     return path
 
 
-def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations) -> str:
+def render(
+    entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], evaluations: Evaluations, heads: Evaluations = ()
+) -> str:
     """The page as text."""
     run: dict[str, Any] = next((e for e in entries if e["kind"] == "run"), {})
     done: dict[str, Any] | None = next((e for e in entries if e["kind"] == "done"), None)
@@ -79,7 +82,7 @@ def render(entries: Sequence[dict[str, Any]], records: Sequence[LayerRecord], ev
         model=show(run.get("model")),
         warnings=_warnings(done, records, evaluations),
         headline=_headline(done or {}, records, evaluations, calibration),
-        tables=tables(evaluations),
+        tables=tables(evaluations, heads),
         settings=_settings(run, done or {}, calibration),
         figures=_figures(records),
         network=network(records),

@@ -161,6 +161,21 @@ def test_page_tells_what_is_proved_tasks_and_speed(tmp_path: Path) -> None:
         assert expected in page.text, expected
 
 
+def test_page_tells_what_its_heads_are_worth(tmp_path: Path) -> None:
+    measured = {"accuracy": 0.7534, "standard_error": 0.0146, "nll": 0.5012, "calibration_error": 0.031}
+    heads = {
+        "sst2": {"text": "test.tsv", "samples": 872, **measured},
+        "<b>odd": {"text": HOSTILE[0], "samples": None, "accuracy": [], "nll": 10**400},
+    }
+    for name, evaluation in heads.items():
+        (tmp_path / "heads" / name).mkdir(parents=True)
+        (tmp_path / "heads" / name / "eval-x.json").write_text(json.dumps(evaluation))
+    html, page = page_of(tmp_path, full_run())
+    assert "Head Text Samples Accuracy NLL, nats Calibration error" in page.text
+    assert "sst2 test.tsv 872 75.34 % ± 1.46 0.5012 0.0310" in page.text and "<b>odd" in page.text
+    assert len(page.all("script")) == 1 and HOSTILE[0] not in html
+
+
 @pytest.mark.parametrize("odd", [None, [], {}, "x", 3, [None, {}], {"kl": HOSTILE[0], "value": [], "threads": {}}, 10**400])
 def test_odd_evaluations_are_shown(tmp_path: Path, odd: Any) -> None:
     evaluation = {"certificate": odd, "tasks": odd, "speed": odd, "kl": odd, "dataset": odd, "seqlen": odd, "finite": odd}
