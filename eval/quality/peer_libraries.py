@@ -298,7 +298,10 @@ def input_squares(model: nn.Module, layers: dict[str, Any], rows: Tensor) -> dic
     sums = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
 
     def hook(name: str) -> Any:
-        return lambda _, inputs: sums[name].add_(inputs[0].flatten(0, -2).square().sum(0))
+        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # what a hook hands back would take the place of the inputs
+            sums[name].add_(inputs[0].flatten(0, -2).square().sum(0))
+
+        return add
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     for row in rows:
