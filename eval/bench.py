@@ -123,7 +123,8 @@ STEPS = (
     Step("peers_quanto", f"{_PEERS} quanto-8 quanto-4 quanto-2 --python optimum-quanto={{python_quanto}}", "peers.json", 6, 2),
     Step(
         "peers_llama_cpp",
-        f"{_PEERS} llama.cpp-q4_0 llama.cpp-q4_k llama.cpp-iq4_nl llama.cpp-q3_k llama.cpp-q2_k llama.cpp-iq2_xxs",
+        f"{_PEERS} llama.cpp-q4_0 llama.cpp-q4_k llama.cpp-iq4_nl llama.cpp-q3_k llama.cpp-q2_k llama.cpp-q2_k-imatrix "
+        "llama.cpp-iq2_xxs",
         "peers.json",
         20,
         2,

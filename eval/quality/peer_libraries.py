@@ -6,8 +6,8 @@ format.
 
 llama.cpp   `ggml_quantize_chunk` of the library itself, taken from the wheel `xllamacpp`, decoded by the package `gguf`; every
             matrix at the named type, as `llama-quantize --pure` does it, but for rows that are no multiple of 256, which types
-            with blocks of 256 cannot hold: they get the type that llama.cpp falls back to.  The importance matrix is the mean
-            square of each input over the calibration rows, as llama-imatrix has it
+            with blocks of 256 cannot hold: they get the type that llama.cpp falls back to.  The importance matrix, where a row
+            has one, is the mean square of each input over the calibration rows, as llama-imatrix has it
 torchao     what its layers multiply with is read by sending the unit vectors through them, since its packed formats have no
             decoder of their own
 """
@@ -57,10 +57,11 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "quanto-4": ("optimum-quanto", {"weights": "qint4"}),
     "quanto-2": ("optimum-quanto", {"weights": "qint2"}),
     "llama.cpp-q4_0": ("xllamacpp", {"type": "Q4_0", "imatrix": False}),
-    "llama.cpp-q4_k": ("xllamacpp", {"type": "Q4_K", "imatrix": True}),
-    "llama.cpp-iq4_nl": ("xllamacpp", {"type": "IQ4_NL", "imatrix": True}),
-    "llama.cpp-q3_k": ("xllamacpp", {"type": "Q3_K", "imatrix": True}),
-    "llama.cpp-q2_k": ("xllamacpp", {"type": "Q2_K", "imatrix": True}),
+    "llama.cpp-q4_k": ("xllamacpp", {"type": "Q4_K", "imatrix": False}),
+    "llama.cpp-iq4_nl": ("xllamacpp", {"type": "IQ4_NL", "imatrix": False}),
+    "llama.cpp-q3_k": ("xllamacpp", {"type": "Q3_K", "imatrix": False}),
+    "llama.cpp-q2_k": ("xllamacpp", {"type": "Q2_K", "imatrix": False}),
+    "llama.cpp-q2_k-imatrix": ("xllamacpp", {"type": "Q2_K", "imatrix": True}),
     "llama.cpp-iq2_xxs": ("xllamacpp", {"type": "IQ2_XXS", "imatrix": True}),
 }
 PACKAGES = {
