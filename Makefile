@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 # a file is tested by one of two processes: fixtures of a file are made once, and a machine of two cores is busy
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# real text, tasks and tables for the benchmarks
+DATA ?= ../shared/data
 # threads that wait must not spin: a second busy process would slow every small operation down many times
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -29,9 +31,8 @@ test: $(STAMP)  ## the whole test suite
 test-gpu: $(STAMP)  ## the tests of the GPU kernels, on a machine with a GPU: TORCH=torch make test-gpu
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
-bench: $(STAMP)  ## the benchmarks of eval/
-	$(BIN)/python eval/factor/published.py
-	$(BIN)/python eval/quality/methods.py
+bench: $(STAMP)  ## everything that eval/ measures, hours of it; STEPS="peers papers_images" picks some, FORCE=1 runs what is done again, LIST=1 shows them
+	$(BIN)/python eval/bench.py $(STEPS) --data "$(DATA)" $(if $(FORCE),--force) $(if $(LIST),--list)
 
 bench-gpu: test-gpu  ## the GPU kernels against copies and cuBLAS, after their tests
 	$(BIN)/python eval/kernels/gpu_bench.py

@@ -7,7 +7,8 @@ Every answer of ours is checked against the float64 reference before it is timed
 takes when nothing else runs.  For each: milliseconds, the ratio to torch's bfloat16 linear of the same run, and the bytes of
 codes read a second over the reading bandwidth that a sum over 256 MiB reaches in this run (above 1: codes came from the cache).
 
---ggml: a folder with libggml-base and libggml-cpu, built from the source package of llama-cpp-python (vendor/llama.cpp/ggml);
+--ggml: a folder with libggml-base and libggml-cpu, built from the source package of llama-cpp-python (vendor/llama.cpp/ggml), or
+`xllamacpp`, the library in that wheel, which was compiled for many processors and may be slower than one built here;
 the products run as graphs of its public interface.  Ternary formats of ggml (TQ1_0, TQ2_0) have no sign-only counterpart.
 """
 
@@ -162,10 +163,20 @@ class _Parameters(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
+def libraries(folder: Path) -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """ggml's tensors and its products: two libraries of a folder, or one in the wheel xllamacpp."""
+    if folder == Path("xllamacpp"):
+        from xllamacpp import xllamacpp
+
+        whole = ctypes.CDLL(xllamacpp.__file__)
+        return whole, whole
+    base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
+    return base, ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+
+
 def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, open_ones: contextlib.ExitStack) -> Iterator[Case]:
     """The same of ggml's products: a graph of several, so that starting its threads is paid once for all."""
-    base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
-    cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+    base, cpu = libraries(folder)
     pointer, whole = ctypes.c_void_p, ctypes.c_int64
     for library, name, result, arguments in (
         (base, "ggml_init", pointer, [_Parameters]),

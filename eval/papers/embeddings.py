@@ -6,12 +6,14 @@
 imdb and agnews: mean-pooled states of a sentence encoder (all-MiniLM-L6-v2 here; the paper has BERT), at most 128 tokens, 2,000
 training texts and at most 2,000 test texts; mnist: pixels of the first 8,000 and the last 2,000 test images.  Training and test
 rows together are one matrix, which is compressed as it is.  The authors' scripts for CIFAR compress the training rows of each
-class by themselves, which writes the labels into the bases; that is not done here.
+class by themselves, which writes the labels into the bases; that is not done here.  Sets that are not named keep their figures
+in the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,13 @@ def rows_of(name: str, args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray
     return embedder_features(args.embedder, texts, args.cache), y, embedder_features(args.embedder, test, args.cache), yt
 
 
+def kept(file: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The sets that the file of results has already, where it was made with the same settings."""
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    same = json.loads(json.dumps(header))
+    return held["sets"] if {key: held.get(key) for key in same} == same else {}
+
+
 def classified(made: np.ndarray, y: np.ndarray, yt: np.ndarray) -> dict[str, float]:
     from sklearn.metrics import f1_score
     from sklearn.neighbors import KNeighborsClassifier
@@ -65,7 +74,7 @@ def main() -> None:
     if args.embedder is None and set(args.sets) != {"mnist"}:
         parser.error("--embedder is needed for texts")
     header = {"b": WIDTH, "b_prime": WIDTH, "neighbours": NEIGHBOURS, "methods": [*PUBLISHED, *OURS], "paper": {"imdb": PAPER}}
-    sets: dict[str, Any] = {}
+    sets = kept(args.output, header)
     for name in args.sets:
         X, y, test, yt = rows_of(name, args)
         A = torch.from_numpy(np.vstack([X, test])).double()

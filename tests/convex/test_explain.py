@@ -56,9 +56,11 @@ def test_the_samples_of_a_wedge_lasso_are_found_again(d: int):
         assert neuron.agreement >= 1 - (d + 0.5) / 25 and neuron.correlation == pytest.approx(1, abs=1e-9)  # its own are on it
 
 
-def test_a_network_without_neurons_has_none_to_explain():
-    gates = Gates(normal(0, 3, 0), normal(0, 0))
-    assert explain(gated(gates, normal(1, 0, 2, 3), normal(1, 0, 2)), normal(2, 20, 3), samples=2) == []
+@pytest.mark.parametrize("C", [1, 3])
+def test_a_network_whose_neurons_are_all_zero_has_none_to_explain(C: int):
+    none = gated(Gates(normal(0, 4, 0), normal(0, 0)), normal(0, 0, C, 4), normal(0, 0, C))
+    assert none.shape == (0, 4, C) and none(normal(1, 5, 4)).shape == (5, C)
+    assert explain(none, normal(1, 5, 4), samples=2) == []
 
 
 def test_what_a_neuron_does():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +13,15 @@ from lplr.errors import DatasetError, RecipeError
 from lplr.evaluate.kept import Kept
 from lplr.hf.load import load_model, load_tokenizer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "eval/quality"))
+import harness_agreement  # noqa: E402
+from harness_agreement import METRICS, OWN, own_values  # noqa: E402
+
 # lm_eval warns of what it deprecates in itself
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval", "ignore::ResourceWarning")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
 LIMIT = 8
-# the same tasks written out for the rows as they lie in the folder, with lm-eval's own loading of json files
-OWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "lambada_openai": (
-        "lambada/lambada_test.jsonl",
-        {
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-            "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-            "metric_list": [
-                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-            ],
-        },
-    ),
-    "piqa": (
-        "piqa/piqa_valid.jsonl",
-        {"doc_to_text": "Question: {{goal}}\nAnswer:", "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}"},
-    ),
-    "arc_easy": (
-        "arc/arc_easy_test.jsonl",
-        {"doc_to_text": "{{query}}\nAnswer:", "doc_to_target": "gold", "doc_to_choice": "choices"},
-    ),
-    "boolq": (
-        "boolq/boolq_val.jsonl",
-        {"doc_to_text": "{{query.removeprefix('Passage: ')}}\nAnswer:", "doc_to_target": "gold", "doc_to_choice": "choices"},
-    ),
-}
-BOTH = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
-
-
-def own_answers(task: str, folder: Path, model: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Samples as lm-eval scores them by itself: HFLM loads the model, datasets the file."""
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    file, fields = OWN[task]
-    kwargs = {"data_files": {"test": str(folder / file)}, "cache_dir": str(scratch)}
-    config = {"task": f"own_{task}", "dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test", "num_fewshot": 0}
-    config |= {"output_type": "multiple_choice", "metric_list": BOTH, **fields}
-    tasks = TaskManager(include_defaults=False).load([config])
-    lm = HFLM(pretrained=str(model), dtype="float32", device="cpu", batch_size=1)
-    found = evaluate(lm, tasks, limit=LIMIT, bootstrap_iters=0, log_samples=True)
-    assert found is not None
-    return sorted(found["samples"][f"own_{task}"], key=lambda s: s["doc_id"])
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +46,38 @@ def test_every_sample_is_scored_as_lm_eval_scores_it(
     found = {(s.task, s.metric): s for s in score(model, tokenizer, tasks, limit=LIMIT)}
     assert set(found) >= {("lambada_openai", "perplexity"), ("piqa", "acc_norm"), ("arc_easy", "acc_norm"), ("boolq", "acc")}
     for task in OWN:
-        samples = own_answers(task, shared / "data", path, tmp_path)
-        assert len(samples) == LIMIT
-        for metric in ("acc", "acc_norm", "perplexity"):
+        theirs = own_values(task, shared / "data", path, LIMIT, tmp_path)
+        for metric in METRICS:
             if (task, metric) in found:
                 # the same prompts through the same wrapper and model: the very same numbers
-                assert found[task, metric].values == tuple(float(s[metric]) for s in samples), (task, metric)
+                assert len(theirs[metric]) == LIMIT
+                assert found[task, metric].values == tuple(theirs[metric]), (task, metric)
     assert found["piqa", "acc"].source.startswith("piqa_valid.jsonl, sha256 ")
+
+
+def test_a_sample_that_disagrees_is_named() -> None:
+    ours = {"acc": [0.0, 1.0, 1.0], "perplexity": [-3.5, -1.25, -0.5]}
+    found = harness_agreement.compared(ours, {"acc": [0.0, 1.0, 0.0], "acc_norm": [1.0] * 3, "perplexity": [-3.5, -1.25, -0.5]})
+    assert found["samples"] == 3 and "acc_norm" not in found and found["perplexity"]["differ"] == []
+    assert found["acc"] == {"agree": 2, "differ": [2], "ours": 2 / 3, "lm_eval": 1 / 3}
+
+
+def test_the_agreement_script_goes_on_and_writes_what_it_found(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LPLR_CACHE", str(tmp_path / "cache"))
+    words = ["--model", shared / "data/models/stories260k", "--data", shared / "data", "--tasks", "piqa"]
+    for samples in (2, 4):  # the answers of the first run are found again by the second
+        line = ["harness_agreement.py", *words, "--samples", samples, "--output", tmp_path / "found.json"]
+        monkeypatch.setattr("sys.argv", [str(word) for word in line])
+        with pytest.raises(SystemExit) as end:
+            harness_agreement.main()
+        assert end.value.code == 0
+    found = json.loads((tmp_path / "found.json").read_text())["tasks"]["piqa"]
+    assert found["samples"] == 4 and found["acc"]["agree"] == found["acc_norm"]["agree"] == 4
+    assert "piqa, acc: 4 of 4 samples agree" in capsys.readouterr().out
+    (work,) = (tmp_path / "cache/eval").glob("*.jsonl")
+    assert len(work.read_text().splitlines()) == 1 + 4 * 2
 
 
 def test_a_killed_run_finds_its_answers_again(stories: tuple[Path, Any, Any], tasks: dict[str, Any], tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import pytest
 import runs
 import torch
 import yaml
-from huggingface_hub import constants, hf_api
 from typer.testing import CliRunner
 
 from lplr import cli, records
@@ -74,12 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hub_server.Hub]:
     """A Hub on this machine; this process writes to it with the right token."""
-    with hub_server.serving() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    with hub_server.standing_in(monkeypatch, tmp_path) as server:
         yield server
 
 
