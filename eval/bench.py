@@ -94,7 +94,7 @@ STEPS = (
     Step("published", "eval/factor/published.py", "published.json", 1, 2),
     Step("grids", "eval/quality/grids.py", "grids.json", 5),
     Step("methods", "eval/quality/methods.py", "methods.json", 40, 2),
-    Step("layers", f"eval/quality/layers.py {_TEXTS} --blocks 0 6 12 18 24 29", "layers.json", 30),
+    Step("layers", f"eval/quality/layers.py {_TEXTS}", "layers.json", 50),
     Step("peers_lplr_4", f"{_PEERS} lplr-4", "peers.json", 35, 2),
     Step("peers_lplr_3", f"{_PEERS} lplr-3", "peers.json", 35, 2),
     Step("peers_lplr_2", f"{_PEERS} lplr-2", "peers.json", 35, 2),
@@ -135,6 +135,10 @@ STEPS = (
         "harness_agreement.json",
         30,
     ),
+    Step(
+        "prune_mlp", "eval/quality/prune_mlp.py --model {smol} --wikitext {wikitext} --calibration {c4}", "prune_mlp.json", 40, 2
+    ),
+    Step("recovery", "eval/quality/recovery.py --model {smol} --wikitext {wikitext} --calibration {c4}", "recovery.json", 480, 2),
     Step("papers_images", "eval/papers/images.py", "papers_images.json", 5),
     Step(
         "papers_embeddings",
@@ -204,6 +208,9 @@ STEPS = (
         2,
     ),
     Step("kernels_ahead_of_time", "eval/kernels/ahead_of_time.py", "kernels_aot.json", 15),
+    Step("scale_costs", "eval/scale/costs.py", "scale_costs.json", 10, 2),
+    Step("scale_simulated", "eval/scale/simulate.py", "scale_simulated.json", 1),
+    Step("scale_ray", "eval/scale/ray_cluster.py", "ray.json", 10, 2),
     Step("scale_crash", "eval/scale/crash.py --layers 4 --kills 20", "crash.json", 12),
     Step("scale_flips", "eval/scale/flips.py --flips 10000", "flips.json", 1),
     Step(
