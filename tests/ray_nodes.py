@@ -40,9 +40,10 @@ def joined(*paths: Path) -> Iterator[Any]:
     scratch = tempfile.mkdtemp(prefix="ray")  # sockets lie in it: its name must be short
     before = dict(os.environ)
     found = [str(ROOT), str(ROOT / "tests"), *map(str, paths), *filter(None, [before.get("PYTHONPATH")])]
-    waits = {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_register_timeout_seconds": "300"}
+    (Path(scratch) / "ray").mkdir()  # where it notes the address
+    waits = {"RAY_TMPDIR": scratch, "RAY_raylet_start_wait_time_s": "300", "RAY_worker_register_timeout_seconds": "300"}
     os.environ |= {"PYTHONPATH": os.pathsep.join(found), "RAY_USAGE_STATS_ENABLED": "0", **waits}
-    head = {"num_cpus": 1, "temp_dir": scratch, "include_dashboard": False, **ports()}
+    head = {"num_cpus": 1, "include_dashboard": False, **ports()}
     cluster: Any = None
     try:
         cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
