@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import ray  # noqa: E402
+import ray_nodes  # noqa: E402  (of the tests: a cluster on this machine)
 import torch  # noqa: E402
 from out_of_core import make  # noqa: E402  (of this folder: a Llama drawn from a seed)
-from ray.cluster_utils import Cluster  # noqa: E402
 
 from lplr import records  # noqa: E402
 from lplr.files import write_text_atomic  # noqa: E402
@@ -85,18 +83,14 @@ def main() -> None:
     parser.add_argument("--method", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    root = Path(tempfile.mkdtemp(prefix="ray"))  # sockets lie in it: its name must be short
+    root = Path(tempfile.mkdtemp())
     base = root / "base"
     base.mkdir()
     block = 4 * args.hidden**2 + 3 * args.hidden * args.inner
     make(base, 2e-9 * (args.layers * block + 32_000 * args.hidden), args.hidden, args.inner)
     recipe = make_recipe({"model": str(base), "dataset": "none", "bits": args.bits, "method": args.method})
-    cluster = Cluster(
-        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "temp_dir": str(root), "include_dashboard": False}
-    )
-    try:
-        others = [cluster.add_node(num_cpus=1) for _ in range(args.nodes - 1)]
-        cluster.wait_for_nodes()
+    with ray_nodes.joined() as cluster:
+        others = [ray_nodes.add(cluster) for _ in range(args.nodes - 1)]
         compress(recipe.model_copy(update={"allocation": "uniform", "method": "naive"}), root / "first")  # what is compiled
         one, work = timed(recipe, root / "one", "local")
         cold = warmed(args.nodes)
@@ -111,9 +105,6 @@ def main() -> None:
         killed, killed_work = timed(recipe, root / "killed", "ray", kill)
         wanted = contents(root / "one")
         same = {name: contents(root / name) == wanted for name in ("whole", "killed")}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
     cores = len(os.sched_getaffinity(0))
     ideal = one / min(cores, args.nodes)
     result = {

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+import ray_nodes
 import torch
 from runs import calibrated, fingerprints, run, settings, stopped, timeless
 
@@ -21,33 +20,16 @@ from lplr.stream import cluster
 from lplr.stream.cluster import RETRIES, Cluster
 from lplr.stream.verify import verify
 
-ray = pytest.importorskip("ray", reason="needs the package ray (extra `ray`)")
-cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the package ray (extra `ray`)")
+pytest.importorskip("ray", reason="needs the package ray (extra `ray`)")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Any]:
-    """Two nodes of one processor each, to which a test may add; this process is joined to the first."""
-    scratch = tempfile.mkdtemp(prefix="ray")  # sockets lie in it: its name must be short
-    before = dict(os.environ)
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
-    os.environ |= {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
-    made = cluster_utils.Cluster(
-        initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "temp_dir": scratch, "include_dashboard": False}
-    )
-    try:
-        made.add_node(num_cpus=1)
-        made.wait_for_nodes()
+    """Two nodes, to which a test may add."""
+    with ray_nodes.joined(Path(__file__).parent) as made:
+        ray_nodes.add(made)
         yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        os.environ.clear()
-        os.environ.update(before)
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @pytest.fixture
@@ -61,8 +43,7 @@ def test_with_one_of_three_nodes_killed_in_the_middle_a_run_has_the_same_bytes(n
     source = checkpoints.write(tmp_path / "base", "llama", num_hidden_layers=10)
     chosen = settings(source, method="caldera", bits=3)
     run(chosen, tmp_path / "whole")
-    node = nodes.add_node(num_cpus=1)
-    nodes.wait_for_nodes()
+    node = ray_nodes.add(nodes)
     killed = []
 
     def kill(done: float, total: float, text: str) -> None:
