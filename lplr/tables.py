@@ -108,7 +108,8 @@ def neurons(found: Explained) -> None:
     linear = "" if found.linear_effect is None else f"; the linear part's effect is {found.linear_effect:.3g}"
     where = f"accuracy {found.accuracy:.4f} on {found.samples:,} texts of {escape(found.dataset)}"
     tables = "Each table: the texts that the neuron is made of, those deepest on its open side, those on its closed side."
-    told = tables if found.neurons else "The head has no neurons: what it does is its linear part."
+    rest = "it is linear" if found.linear_effect is not None else "it gives every text the same answer"
+    told = tables if found.neurons else f"The head has no neurons: {rest}."
     out.print(f"{found.network_neurons} neurons, {where}{linear}. {told}", soft_wrap=True)
 
 

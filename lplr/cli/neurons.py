@@ -19,6 +19,7 @@ def prune(
     neurons: Annotated[
         str, typer.Option(help="How many neurons of each MLP go: a share such as 10%, or a number.", show_default=False)
     ],
+    by: Annotated[str, typer.Option(help="How neurons are chosen: activation, elimination or magnitude.")] = "activation",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A new folder (NAME-pruned).", show_default=False)] = None,
     dataset: Annotated[str, typer.Option(help="Calibration text: builtin, a text or jsonl file, a Hub dataset.")] = "builtin",
     nsamples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
@@ -47,5 +48,5 @@ def prune(
             tables.facts(f"{name} (nothing was written)", stream.as_table(plan))
             return
         with progress_bar("prune") as step:
-            made = stream.prune(recipe, neurons, target, notify=notice, progress=step)
+            made = stream.prune(recipe, neurons, target, selection=by, notify=notice, progress=step)
         tables.facts(str(target), stream.as_table(made.plan, made))

@@ -149,6 +149,7 @@ def as_table(found: HeadFit) -> list[tuple[str, str]]:
         ("classes", ", ".join(found.classes)),
         ("lambda", f"{found.lam:.3g}"),
         ("solution", f"{found.status}: {found.message}"),
+        ("neurons", str(found.neurons)),
         ("parameters", f"{found.parameters:,}"),
         ("accuracy, linear probe's", f"{found.accuracy:.4f}, {found.probe_accuracy:.4f}"),
         ("NLL, linear probe's", f"{found.nll:.4f}, {found.probe_nll:.4f}"),

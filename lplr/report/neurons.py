@@ -52,7 +52,7 @@ def render(facts: dict[str, Any]) -> str:
         (
             "Neurons",
             number(facts["network_neurons"], 9),
-            f"of the {facts['kind']} network; " + (f"the {shown} strongest follow" if shown else "its linear part does it all"),
+            f"of the {facts['kind']} network; " + (f"the {shown} strongest follow" if shown else "there are none to tell about"),
         ),
     ]
     if linear is not None:

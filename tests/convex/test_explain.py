@@ -151,8 +151,8 @@ def test_a_head_without_neurons_is_told_of(folder: Path, texts: tuple[str, str])
     none = fit_head(str(folder), texts[0], lam=1e3, output=folder / "heads" / "none", **SMALL)
     assert none.neurons == 0
     done = CliRunner().invoke(app, ["explain-head", none.folder, "--dataset", texts[0]])
-    assert done.exit_code == 0 and "The head has no neurons" in done.stdout
-    assert "its linear part does it all" in (Path(none.folder) / "explain.html").read_text(encoding="utf-8")
+    assert done.exit_code == 0 and "The head has no neurons: it is linear" in done.stdout
+    assert "there are none to tell about" in (Path(none.folder) / "explain.html").read_text(encoding="utf-8")
     done = CliRunner().invoke(app, ["prune-head", none.folder, "--dataset", texts[0]])
     assert done.exit_code == 0 and "0 neurons before, 0 now" in done.stdout
 
