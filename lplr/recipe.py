@@ -115,8 +115,8 @@ class Recovery(_Spec):
 Preset = Literal["fast", "balanced", "best"]
 PRESETS: dict[str, Recovery] = {
     "fast": Recovery(),
-    "balanced": Recovery(epochs=4, distill_epochs=4),
-    "best": Recovery(epochs=8, distill_epochs=16),
+    "balanced": Recovery(epochs=1, distill_epochs=2),
+    "best": Recovery(epochs=4, distill_epochs=8),
 }
 
 

@@ -29,12 +29,13 @@ from lplr import cli
 pytest.importorskip("sklearn", reason="needs the extra `convex`")
 pytest.importorskip("peft", reason="needs the extra `peft`")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-# of libraries: an argument that huggingface_hub's HTTP client renamed, what lm_eval deprecates in itself, files it leaves open, a
+# of libraries: what peft says of layers that are not its own, an argument that huggingface_hub's HTTP client renamed, what lm_eval deprecates in itself, files it leaves open, a
 # property of transformers that peft reads by its old name
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=:DeprecationWarning",
     "ignore::DeprecationWarning:lm_eval",
     "ignore::ResourceWarning",
+    "ignore:Unsupported layer type:UserWarning",
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
 )
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for bits in (4, 3, 2):
         runs.run({**calibrated, "bits": bits}, here / f"out{bits}")
         shutil.copytree(here / f"out{bits}", here / f"out-{bits}bit")
-    for given, name in ((here / "out4", "try"), (model, "new-model"), (ROOT / "recipes", "recipes")):
+    for given, name in ((here / "out4", "try"), (model, "new-model"), (model, "pruned"), (ROOT / "recipes", "recipes")):
         shutil.copytree(given, here / name)
     (here / "sst2.tsv").write_text("sentence\tlabel\n" + "".join(f"{words}\t{label}\n" for words, label in REVIEWS))
     for command in ("fit-head out --dataset sst2.tsv --gates 8 -o out/heads/sst2", "export out --to peft -o out-peft"):
