@@ -29,8 +29,8 @@ from lplr import cli
 pytest.importorskip("sklearn", reason="needs the extra `convex`")
 pytest.importorskip("peft", reason="needs the extra `peft`")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-# of libraries: what peft says of layers that are not its own, an argument that huggingface_hub's HTTP client renamed, what lm_eval
-# deprecates in itself, files it leaves open, a property of transformers that peft reads by its old name
+# of libraries: what peft says of layers that are not its own, an argument that huggingface_hub's HTTP client renamed, what
+# lm_eval deprecates in itself, files it leaves open, a property of transformers that peft reads by its old name
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Use 'content=:DeprecationWarning",
     "ignore::DeprecationWarning:lm_eval",
