@@ -77,8 +77,10 @@ def warmed(nodes: int) -> float:
 def main() -> None:
     """The three runs of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("hidden", 768), ("inner", 2048), ("layers", 8), ("nodes", 3)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--inner", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--bits", type=float, default=2.0)
     parser.add_argument("--method", default="auto")
     args = parser.parse_args()

@@ -67,12 +67,19 @@ def write_peft(
 
 
 def load_peft(folder: Path) -> PreTrainedModel:
-    """The model that `write_peft` wrote, by transformers and peft alone."""
+    """The model that `write_peft` wrote, by transformers and peft alone.
+
+    Where the processor multiplies bfloat16, bitsandbytes 0.50 packs weights by 32 outputs and 64 inputs and fails where these are
+    no whole number: such layers are multiplied as on other processors.
+    """
     from transformers import AutoModelForCausalLM
 
-    peft, _ = _packages()
+    peft, bitsandbytes = _packages()
     with quiet():
         base = AutoModelForCausalLM.from_pretrained(folder / BASE, local_files_only=True)
+        for module in base.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit) and (module.out_features % 32 or module.in_features % 64):
+                module.support_avx512bf16_for_cpu = False
         model = peft.PeftModel.from_pretrained(base, folder / ADAPTER) if (folder / ADAPTER).is_dir() else base
     return model.eval()
 

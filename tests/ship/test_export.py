@@ -100,6 +100,9 @@ def test_peft_loads_it_and_it_is_as_far_as_it_says(stories: Path, tmp_path: Path
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "out/base")
+    for module in base.modules():  # bitsandbytes 0.50 fails on processors with bfloat16: 172 is no multiple of 32, nor of 64
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out/adapter").eval()
     assert sum(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules()) == 35
     ids = evaluation_tokens(load_tokenizer(stories), read_text("builtin", split="heldout"))[:512].view(2, 256)
