@@ -77,8 +77,9 @@ def load_peft(folder: Path) -> PreTrainedModel:
     peft, bitsandbytes = _packages()
     with quiet():
         base = AutoModelForCausalLM.from_pretrained(folder / BASE, local_files_only=True)
-        for module in base.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit) and (module.out_features % 32 or module.in_features % 64):
+        packed: list[Any] = [module for module in base.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+        for module in packed:
+            if module.out_features % 32 or module.in_features % 64:
                 module.support_avx512bf16_for_cpu = False
         model = peft.PeftModel.from_pretrained(base, folder / ADAPTER) if (folder / ADAPTER).is_dir() else base
     return model.eval()
