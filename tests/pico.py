@@ -87,7 +87,9 @@ def tokens(batch: int = 2, length: int = 11, seed: int = 1) -> Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_qtensor(n: int, d: int, bits: int, generator: torch.Generator, *, row: int | None, col: int | None) -> QTensor:
+def random_qtensor(
+    n: int, d: int, bits: int, generator: torch.Generator, *, row: int | None, col: int | None
+) -> QTensor:
     """Random codes and positive scales; row and col are the scales' lengths, None for none."""
     codes = torch.randint(0, 1 << bits, (n, d), generator=generator, dtype=torch.uint8)
 
@@ -119,7 +121,9 @@ def compress(made: Any, seed: int = 3, skip: tuple[str, ...] = ("lm_head",)) -> 
     factors = {}
     for i, (name, module) in enumerate(linears(made, skip).items()):
         n, d = weight_of(module).shape
-        factors[name] = random_factorization(n, d, (5, 3, 0)[i % 3], generator, ((2, 3, 0), (1, 4, 2), (0, 0, 3))[i % 3])
+        factors[name] = random_factorization(
+            n, d, (5, 3, 0)[i % 3], generator, ((2, 3, 0), (1, 4, 2), (0, 0, 3))[i % 3]
+        )
     biases = {name: getattr(made.get_submodule(name), "bias", None) for name in factors}
     for name, module in swap(made, {name: f.format for name, f in factors.items()}).items():
         module.load_factorization(factors[name])

@@ -94,10 +94,7 @@ def test_the_whole_path_on_a_real_model(shared: Path, tmp_path: Path):
 
     loaded = subprocess.run(
         [sys.executable, "-c", LOADER, str(out), str(source)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
     )
     layers, difference = loaded.stdout.split()
     assert int(layers) == 35 and float(difference) < 1e-4
@@ -382,10 +379,7 @@ def test_a_signal_stops_the_real_command_with_status_130(base: Path, tmp_path: P
     long = ["--nsamples", "40", "--seqlen", "64", "--alternations", "100", "--method", "caldera"]
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments, *long],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as running:
         while not (tmp_path / "out/run.jsonl").exists() and running.poll() is None:
             time.sleep(0.01)

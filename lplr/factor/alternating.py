@@ -43,7 +43,9 @@ def quantize_r(R: Tensor, spec: QuantSpec, generator: torch.Generator) -> QTenso
 
 
 def _on_grid(x: Tensor, spec: QuantSpec, axis: Axis, generator: torch.Generator) -> QTensor:
-    return quantize(x, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, grid=spec.grid, generator=generator)
+    return quantize(
+        x, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, grid=spec.grid, generator=generator
+    )
 
 
 def project(A: Tensor, start: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator) -> Factorization:

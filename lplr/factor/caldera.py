@@ -59,6 +59,8 @@ def _backbone(target: Tensor, spec: QuantSpec, narrow: int, H: Tensor | None, ge
     if narrow and spec.rounding != "nearest":
         raise RecipeError(f"caldera rounds a Q with {narrow} narrow columns to nearest only: set q.rounding to 'nearest'")
     if (H is None and not narrow) or spec.rounding != "nearest":
-        return quantize(target, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, grid=spec.grid, generator=generator)
+        return quantize(
+            target, spec.bits, axis=axis, rounding=spec.rounding, clip=spec.clip, grid=spec.grid, generator=generator
+        )
     H = torch.eye(target.shape[1], dtype=target.dtype, device=target.device) if H is None else H
     return ldlq(target, spec.bits, H, grid=spec.grid, axis=axis, narrow=narrow)

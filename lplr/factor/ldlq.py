@@ -18,7 +18,9 @@ from lplr.quant.ldlq import ldlq as rounded
 from lplr.recipe import FactorSpec
 
 
-def ldlq(A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator, *, G: Tensor | None = None) -> Factorization:
+def ldlq(
+    A: Tensor, spec: FactorSpec, C: Tensor | None, generator: torch.Generator, *, G: Tensor | None = None
+) -> Factorization:
     """A (n x d) ~ Q on any grid; without a metric every column is rounded to nearest.  O(n d (n + d)), and the grid's encoder.
 
     G (n x n), in A's bases, weighs the outputs' errors.  The error never exceeds ||A C||_F: where feedback drove the rounding

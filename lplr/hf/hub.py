@@ -200,7 +200,8 @@ def hub_errors(repo: str, revision: str | None = None, *, kind: str = "model", a
         raise _status_error(what, page, (log_in, other, access), error.response.status_code, bool(get_token())) from error
     except offline as error:
         raise Unreachable(
-            f"cannot reach the Hub for {what}: check the connection (and that HF_HUB_OFFLINE is not set), or {other}"
+            f"cannot reach the Hub for {what}: check the connection (and that HF_HUB_OFFLINE is not set), "
+            f"or {other}"
         ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

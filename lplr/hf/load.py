@@ -96,7 +96,9 @@ def _check(path: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> No
         keys = sorted(str(key) for key in info[f"{what}_keys"])
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise CheckpointError(f"{path} ({kind}): tensor {keys[0]}{more} {what}: does config.json belong to these weights?")
+            raise CheckpointError(
+                f"{path} ({kind}): tensor {keys[0]}{more} {what}: does config.json belong to these weights?"
+            )
     for key, value in (info.get("conversion_errors") or {}).items():
         raise CheckpointError(f"{path} ({kind}): tensor {key} cannot be converted ({value}): copy or download it again")
 

@@ -95,7 +95,9 @@ def check_shapes(model: PreTrainedModel, found: Shapes, *, everything: bool) -> 
     those below the model's base are required, and a head that the files lack is left to be trained anew.
     """
     state = model.state_dict()
-    names = {found_as: name for name in found for found_as in _aliases(name, model.base_model_prefix) if found_as in state}
+    names = {
+        found_as: name for name in found for found_as in _aliases(name, model.base_model_prefix) if found_as in state
+    }
     stored = {f"{layer}.{key}" for layer, m in compressed_layers(model).items() for key in m.state_dict()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
@@ -143,7 +145,9 @@ class LplrQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
         if not self.pre_quantized:
-            raise RecipeError("from_pretrained cannot compress a dense model on the fly: run `lplr compress` and load its folder")
+            raise RecipeError(
+                "from_pretrained cannot compress a dense model on the fly: run `lplr compress` and load its folder"
+            )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Split experts, swap the table's layers in on meta, and check the headers of the files."""
@@ -189,7 +193,9 @@ class LplrQuantizer(HfQuantizer):
         """Replace every packed layer by a dense nn.Linear of its dequantized weight."""
         for name, module in compressed_layers(model).items():
             dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            dense.weight = nn.Parameter(module.factorization.dequantize().to(dtype or module.dtype), requires_grad=False)
+            dense.weight = nn.Parameter(
+                module.factorization.dequantize().to(dtype or module.dtype), requires_grad=False
+            )
             dense.bias = module.bias  # type: ignore[assignment]
             model.set_submodule(name, dense)
         return model

@@ -33,7 +33,9 @@ class _Waiting(MetaPathFinder):
     def __init__(self, target: str) -> None:
         self.target = target
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """The target's own spec with a loader that registers when it is done; None for any other module."""
         if fullname != self.target:
             return None

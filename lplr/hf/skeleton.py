@@ -32,7 +32,9 @@ def load_config(path: str | Path) -> PretrainedConfig:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist: give the folder of a transformers model, a hub id or a GGUF file")
+        raise CheckpointError(
+            f"{file} does not exist: give the folder of a transformers model, a hub id or a GGUF file"
+        )
     try:
         with reading(file) as handle:
             fields = json.loads(handle.read(CONFIG_LIMIT))
@@ -107,7 +109,9 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             lists[name] = module
     if not lists:
         kind = type(model).__name__
-        raise UnsupportedModel(f"{kind} holds no list of decoder blocks with linear layers: choose a decoder-only transformer")
+        raise UnsupportedModel(
+            f"{kind} holds no list of decoder blocks with linear layers: choose a decoder-only transformer"
+        )
     chosen = max(lists.values(), key=lambda found: sum(p.numel() for p in found.parameters()))
     return names[id(chosen)], chosen
 
@@ -124,7 +128,9 @@ def materialise(module: nn.Module, tensors: Mapping[str, Tensor], *, skip: Colle
     filled: set[str] = set()
     for name, tensor in tensors.items():
         if name not in slots:
-            raise CheckpointError(f"tensor {name} has no place in {type(module).__name__}: check the checkpoint's architecture")
+            raise CheckpointError(
+                f"tensor {name} has no place in {type(module).__name__}: check the checkpoint's architecture"
+            )
         if tensor.shape != slots[name].shape:
             shapes = f"{tuple(tensor.shape)}, {tuple(slots[name].shape)} expected"
             raise CheckpointError(f"tensor {name} has shape {shapes}: check that config.json belongs to these weights")
@@ -218,7 +224,9 @@ def _bind(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if len(args) > len(names) or not isinstance(given.get(names[0]), Tensor):
-        raise UnsupportedModel(f"{type(block).__name__} is called without its hidden states first: choose another model")
+        raise UnsupportedModel(
+            f"{type(block).__name__} is called without its hidden states first: choose another model"
+        )
     return given.pop(names[0]), given
 
 

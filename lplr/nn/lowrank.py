@@ -63,7 +63,9 @@ class LowRankLinear(nn.Module):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_factorization(cls, f: Factorization, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> LowRankLinear:
+    def from_factorization(
+        cls, f: Factorization, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> LowRankLinear:
         """The layer that holds f's own tensors, not copies; the bias is copied, and its dtype is the default one."""
         if bias is not None and dtype is None:
             dtype = bias.dtype

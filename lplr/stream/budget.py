@@ -76,7 +76,9 @@ def _work_bytes(checkpoint: Checkpoint, recipe: Recipe, context: int) -> int:
     return HALF * (context * max(map(sum, shapes)) + max(map(prod, shapes))) + 4 * vocabulary
 
 
-def _largest(checkpoint: Checkpoint, recipe: Recipe, limit: int, total: Callable[[list[LayerPlan]], int], what: str) -> float:
+def _largest(
+    checkpoint: Checkpoint, recipe: Recipe, limit: int, total: Callable[[list[LayerPlan]], int], what: str
+) -> float:
     """The largest budget, in GRAINs, whose total is within the limit: the total is nearly a line, so a few steps find it."""
 
     def at(bits: float) -> tuple[int, int]:

@@ -181,7 +181,9 @@ def advance(block: nn.Module, activations: Activations, kwargs: Mapping[str, Any
         activations.set(rows, run_block(block, activations.get(rows).to(device), kwargs))
 
 
-def embed(checkpoint: Checkpoint, tokens: Tensor, folder: Path, device: torch.device) -> tuple[Activations, list[dict[str, Any]]]:
+def embed(
+    checkpoint: Checkpoint, tokens: Tensor, folder: Path, device: torch.device
+) -> tuple[Activations, list[dict[str, Any]]]:
     """The inputs of the first block for all rows of `tokens`, and the other arguments of every block.
 
     What stands before the blocks is materialised for it and sent back to meta; a file of activations lies in `folder`.

@@ -73,7 +73,10 @@ def test_base_and_model_side_by_side(tokens: Tensor) -> None:
     kl = (p.exp() * (p - q)).sum(-1)[read]
     assert result.kl == pytest.approx(kl.mean().item(), rel=1e-5)
     assert result.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double()[read].mean().item())
-    gap = [sum(a) / 9 - sum(b) / 9 for a, b in zip(bigram_nll(model, tokens, 10), bigram_nll(base, tokens, 10), strict=True)]
+    gap = [
+        sum(a) / 9 - sum(b) / 9
+        for a, b in zip(bigram_nll(model, tokens, 10), bigram_nll(base, tokens, 10), strict=True)
+    ]
     assert result.difference_se == pytest.approx(torch.tensor(gap).double().std().item() / math.sqrt(10), rel=1e-4)
 
 

@@ -64,10 +64,8 @@ def test_hull_is_convex_decreasing_and_below_every_point(curve):
 
 def test_whole_points_beat_every_other_choice_of_whole_points_within_what_they_take():
     rng = np.random.default_rng(0)
-    curves = {
-        str(i): [(float(b), float(e)) for b, e in zip(range(1, 6), rng.random() * 4.0 ** -np.arange(5), strict=True)]
-        for i in range(4)
-    }
+    curves = {str(i): [(float(b), float(e)) for b, e in zip(range(1, 6), rng.random() * 4.0 ** -np.arange(5), strict=True)]
+              for i in range(4)}
     found = allocate(curves, 11.0)
     assert all(b == int(b) for b in found.bits.values())  # every step is one bit, so no matrix stands between
     best = min(

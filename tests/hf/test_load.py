@@ -166,7 +166,9 @@ def write_gguf(file: Path, pre: str) -> torch.nn.Module:
             continue
         _, _, block, leaf = name.removesuffix(".weight").split(".", 3)
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(leaves[leaf])
-        writer.add_tensor(f"blk.{block}.{leaves[leaf]}.weight", np.ascontiguousarray(_rotary_order(tensor.numpy(), heads)))
+        writer.add_tensor(
+            f"blk.{block}.{leaves[leaf]}.weight", np.ascontiguousarray(_rotary_order(tensor.numpy(), heads))
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -215,7 +217,10 @@ def test_real_folder(shared: Path, tmp_path: Path) -> None:
     folder = shared / "data/models/stories260k"
     assert load_model(folder).num_parameters() == 260_032
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.decode(tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]).strip() == "Once upon a time"
+    assert (
+        tokenizer.decode(tokenizer("Once upon a time", add_special_tokens=False)["input_ids"]).strip()
+        == "Once upon a time"
+    )
     shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(CheckpointError):
         load_model(tmp_path)

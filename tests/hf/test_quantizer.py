@@ -239,7 +239,9 @@ def test_a_damaged_table_raises(folder: Path, change) -> None:
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_one_expert_stays_dense(architecture: str, tmp_path: Path) -> None:
-    made, _ = pico.compress(pico.model(architecture), skip=("lm_head", "*.experts.1.down_proj", "*.experts.0.gate_up_proj"))
+    made, _ = pico.compress(
+        pico.model(architecture), skip=("lm_head", "*.experts.1.down_proj", "*.experts.0.gate_up_proj")
+    )
     source = pico.write_compressed(made, tmp_path / "in")
     model = load(source)
     with torch.no_grad():
@@ -265,7 +267,10 @@ def test_dense_model_cannot_be_compressed_on_the_fly(tmp_path: Path) -> None:
 
 def test_config_keeps_later_fields_and_round_trips() -> None:
     config = LplrConfig.from_dict({"quant_method": "lplr", "layers": {}, "later_field": [1, 2]})
-    assert config.to_dict()["later_field"] == [1, 2] and LplrConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert (
+        config.to_dict()["later_field"] == [1, 2]
+        and LplrConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    )
     json.dumps(config.to_dict())
 
 
@@ -282,7 +287,9 @@ def test_model_to_dtype_is_allowed_or_refused_but_changes_no_byte(folder: Path) 
     model = load(folder)
     before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(("_codes", "_scale"))}
     model.to(torch.bfloat16)
-    assert all(torch.equal(model.state_dict()[k], v) and model.state_dict()[k].dtype == v.dtype for k, v in before.items())
+    assert all(
+        torch.equal(model.state_dict()[k], v) and model.state_dict()[k].dtype == v.dtype for k, v in before.items()
+    )
 
 
 def test_trainer_refuses(folder: Path) -> None:

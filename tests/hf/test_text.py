@@ -221,7 +221,9 @@ def test_hub_row_without_text_lists_its_fields(hub: dict[str, Any]) -> None:
         read_text("nyu-mll/glue")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no\nroute"), ValueError("Config name is missing"), RuntimeError("script")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no\nroute"), ValueError("Config name is missing"), RuntimeError("script")]
+)
 def test_hub_failure_is_one_line_with_a_remedy(hub: dict[str, Any], error: Exception) -> None:
     hub["error"] = error
     with pytest.raises(DatasetError, match="cannot be had from the Hub .*check name and network") as caught:

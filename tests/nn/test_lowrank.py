@@ -40,7 +40,9 @@ def test_forward_equals_dense(kind: str, shape: tuple[int, ...], bias: bool, gen
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.integers(1, 8), st.integers(1, 8), st.integers(0, 8))
+@given(
+    st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.integers(1, 8), st.integers(1, 8), st.integers(0, 8)
+)
 def test_every_width_and_odd_shapes(n: int, d: int, rank: int, l_bits: int, r_bits: int, q_bits: int) -> None:
     generator = torch.Generator().manual_seed(n * 400 + d * 20 + rank)
     f = random_factorization(n, d, rank, generator, (l_bits, r_bits, q_bits))
@@ -109,7 +111,9 @@ def _with(codes: torch.Tensor, scale: torch.Tensor):
 def test_strided_input(generator: torch.Generator) -> None:
     f = make()
     x = torch.randn(29, 3, 2, generator=generator).permute(2, 1, 0)
-    torch.testing.assert_close(LowRankLinear.from_factorization(f)(x), LowRankLinear.from_factorization(f)(x.contiguous()))
+    torch.testing.assert_close(
+        LowRankLinear.from_factorization(f)(x), LowRankLinear.from_factorization(f)(x.contiguous())
+    )
 
 
 def test_gradient_reaches_the_input(generator: torch.Generator) -> None:

@@ -41,7 +41,6 @@ def test_the_compressed_model_is_the_dense_one_with_dequantized_weights(architec
     assert (logits(loaded) - wanted).abs().max() < 1e-4
     assert verify(out, str(source)).worst == pytest.approx(1, abs=1e-4)
 
-
 SQUARE = [("gpt2", "transformer.h.1.attn.c_proj"), ("llama", "model.layers.1.self_attn.o_proj")]
 
 

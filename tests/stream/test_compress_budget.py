@@ -114,9 +114,7 @@ def peak(folder: Path, layers: int) -> int:
     path = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(folder), str(layers)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     return 1024 * int(done.stdout)

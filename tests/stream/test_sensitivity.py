@@ -28,7 +28,6 @@ def by_autograd(model: Any, names: list[str], tokens: torch.Tensor, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     for name in names:
-
         def keep(_: Any, __: Any, output: torch.Tensor, name: str = name) -> None:
             output.retain_grad()
             kept[name].append(output)

@@ -210,12 +210,8 @@ def test_bits_that_are_not_those_of_the_files(out: Path):
     rewrite(out, lie)
     with pytest.raises(VerificationError, match=r"layer model\.layers\.0\.mlp\.up_proj takes \d+ bits"):
         verify(out)
-    rewrite(
-        out,
-        lambda entries: layer(entries, "model.layers.0.mlp.up_proj").update(
-            bits=layer(entries, "model.layers.0.mlp.up_proj")["bits"] + 8
-        ),
-    )
+    rewrite(out, lambda entries: layer(entries, "model.layers.0.mlp.up_proj").update(
+        bits=layer(entries, "model.layers.0.mlp.up_proj")["bits"] + 8))
     verify(out)
     rewrite(out, lambda entries: entries[-1].update(bits_per_weight=entries[-1]["bits_per_weight"] * (1 - 1e-12)))
     with pytest.raises(VerificationError, match="bits per weight, its record says"):
