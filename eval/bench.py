@@ -138,7 +138,7 @@ STEPS = (
     Step(
         "prune_mlp", "eval/quality/prune_mlp.py --model {smol} --wikitext {wikitext} --calibration {c4}", "prune_mlp.json", 40, 2
     ),
-    Step("recovery", "eval/quality/recovery.py --model {smol} --wikitext {wikitext} --calibration {c4}", "recovery.json", 480, 2),
+    Step("recovery", "eval/quality/recovery.py --model {smol} --wikitext {wikitext} --calibration {c4}", "recovery.json", 300, 2),
     Step("papers_images", "eval/papers/images.py", "papers_images.json", 5),
     Step(
         "papers_embeddings",

@@ -131,15 +131,19 @@ class _Block(_File):
     file: FileName
 
 
+class _Tuned(BaseModel):
+    tuned: list[str]
+
+
 class _Done(BaseModel):
     files: dict[FileName, _File]
     bits_per_weight: float
 
 
 def check_files(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """OutputError when a `block` or `done` line of the file does not tell files by name, size and checksum."""
+    """OutputError when a `block` or `done` line does not tell files by name, size and checksum, or one of recovery no names."""
     for number, entry in enumerate(entries, 1):
-        kind = {"block": _Block, "done": _Done}.get(entry["kind"])
+        kind = {"block": _Block, "done": _Done, "recovery": _Tuned, "distillation": _Tuned}.get(entry["kind"])
         try:
             if kind is not None:
                 kind.model_validate(entry)

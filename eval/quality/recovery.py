@@ -1,7 +1,7 @@
 """What each stage of recovery buys: perplexity, seconds and tokens after factorization, error absorption, blocks, distillation.
 
     python eval/quality/recovery.py --model FOLDER --wikitext wiki.test.raw --calibration c4_en_600.jsonl
-        [--bits 1 2] [--only none absorbed blocks distilled] [--nsamples 128] [--epochs 4] [--distill-epochs 4]
+        [--bits 1 2] [--only none absorbed blocks distilled] [--nsamples 128] [--epochs 1] [--distill-epochs 2]
         [--lr 0.02] [--scale-lr 0.001] [--scratch DIR]
 
 FOLDER holds the dense model.  Every row is `lplr compress` of its own, from the start, with the settings that it names and every
@@ -37,7 +37,7 @@ import lplr
 from lplr import records
 from lplr.evaluate.perplexity import evaluate
 from lplr.hf.text import evaluation_tokens, read_text
-from lplr.recipe import Recipe, make_recipe
+from lplr.recipe import make_recipe
 
 TARGET = Path(__file__).parents[1] / "results" / "recovery.json"
 STAGES = ("none", "absorbed", "blocks", "distilled")
@@ -54,13 +54,10 @@ def settings_of(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     }[stage]
 
 
-def tokens_of(recipe: Recipe, entries: list[dict[str, Any]]) -> dict[str, int]:
+def tokens_of(entries: list[dict[str, Any]]) -> dict[str, int]:
     """Tokens that gradients were taken on: of each block, and of the whole model."""
-    rows = next((e["rows"] for e in entries if e["kind"] == "run" and "rows" in e), recipe.nsamples)
-    blocks = sum(len(e["losses"]) for e in entries if e["kind"] == "recovery")
-    whole = sum(len(e["losses"]) for e in entries if e["kind"] == "distillation")
-    count = max(1, sum(e["kind"] == "recovery" for e in entries))
-    return {"blocks": blocks * rows * recipe.seqlen // count, "model": whole * rows * recipe.seqlen}
+    of = {kind: [e["tokens"] for e in entries if e["kind"] == kind] for kind in ("recovery", "distillation")}
+    return {"blocks": max(of["recovery"], default=0), "model": sum(of["distillation"])}
 
 
 def main() -> None:
@@ -71,8 +68,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--nsamples", type=int, default=128)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--distill-epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--distill-epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--scale-lr", type=float, default=0.001)
     parser.add_argument("--windows", type=int, default=8)
@@ -107,7 +104,7 @@ def main() -> None:
                 took, used = time.perf_counter() - started, time.process_time() - cpu
                 entries = records.read(folder / records.LEDGER)
                 value = perplexity(folder)
-            told = tokens_of(recipe, entries)
+            told = tokens_of(entries)
             row = {
                 "bits_per_weight": records.bits_per_weight(made),
                 "calibration": {"name": calibration.name, "sha256": calibration.sha256, "rows": args.nsamples},

@@ -1,9 +1,9 @@
 """How good class probabilities are: pure functions, and the evaluation of a head on a dataset.
 
-accuracy            share of samples whose most probable class is the right one
-nll                 -1/n sum log p_i(y_i), nats
-calibration error   sum_b |B_b| / n |accuracy(B_b) - confidence(B_b)|, confidence = max_c p_c in 15 bins of equal width
-                    (Guo, Pleiss, Sun, Weinberger, ICML 2017, equation 3)
+    accuracy            share of samples whose most probable class is the right one
+    nll                 -1/n sum log p_i(y_i), nats
+    calibration error   sum_b |B_b| / n |accuracy(B_b) - confidence(B_b)|, confidence = max_c p_c in 15 bins of equal width
+                        (Guo, Pleiss, Sun, Weinberger, ICML 2017, equation 3)
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ class Course:
     seconds: float
 
     def entry(self) -> dict[str, Any]:
-        """Its fields for a record."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in self.__dict__.items()}
+        """Its fields for a record, None for a loss that is not finite: a line of JSON has no such number."""
+        before, *losses, after = (v if math.isfinite(v) else None for v in (self.before, *self.losses, self.after))
+        return {"before": before, "losses": losses, "after": after, "steps": self.steps, "seconds": self.seconds}
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ class _Run:
         for left in checkpoint.view.unused():
             notify(f"tensor {left} of the checkpoint has no place in the model and is left out")
         tokens, calibration = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
+        if tokens is None and (recipe.recovery.epochs or recipe.recovery.distill_epochs):
+            notify("nothing is tuned: recovery needs a calibration text, --dataset other than none")
         files = tokenizer_files(checkpoint.path)
         if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
             notify(f"{checkpoint.path.name} holds no tokenizer: the compressed folder will hold none either")
@@ -262,6 +264,7 @@ class _Run:
                 H, step = collected.of(p.name)
                 if H is not None and self.recipe.recovery.epochs:
                     seen[p.name] = H
+                step = step if self.recipe.propagation else None  # the original block may run for what is tuned alone
                 jobs.append(self._begin(p, Seen(H, moments.pop(p.name, None), step, collected.note(p.name))))
             return (found.f for found in followed(these, (job.result() for job in jobs)))
 

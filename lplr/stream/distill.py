@@ -33,7 +33,7 @@ from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.device import autocast
 from lplr.stream.ledger import Ledger
 from lplr.stream.matrix import seeded, tuned
-from lplr.stream.reconstruct import KIND, Called, split
+from lplr.stream.reconstruct import KIND, Called, split, tokens_of
 from lplr.stream.shards import shard_name, write_shard
 from lplr.stream.source import read_entries
 
@@ -76,6 +76,11 @@ class Student:
         for i, block in enumerate(self.blocks):
             out |= {f"{i}.{name}": tensor for name, tensor in block.tensors().items()}
         return out
+
+    def tuned(self) -> list[str]:
+        """Names of the dense tensors that may have moved."""
+        blocks = [f"{self.checkpoint.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in block.rest]
+        return sorted([*self.outside.rest, *blocks])
 
     def groups(self, lr: float, scale_lr: float) -> list[Group]:
         """All parameters, a group for the latents and one for the rest."""
@@ -152,7 +157,8 @@ def distill(
             told = _told(ck, states)
             student = Student.of(ck, rounded, kwargs, device, codes=codes)
             course = _descended(student, inputs, told, recipe, folder, say)
-            _commit(student, course, rounded, ledger, recipe, say)
+            line = {"kind": "distillation", "tokens": tokens_of(course, split(inputs)[0], inputs), **course.entry()}
+            _commit(student, {**line, "tuned": student.tuned()}, rounded, ledger, recipe, say)
     finally:
         states.close()
         inputs.close()
@@ -217,16 +223,14 @@ def _read(path: Path) -> State | None:
     return State(parameters, best, list(zip(first, second, strict=True)), held["generator"], losses)
 
 
-def _commit(student: Student, course: Course, rounded: Path, ledger: Ledger, recipe: Recipe, say: Say) -> None:
-    """Write every shard that is not there yet, and its lines; then the files that only a resumed run needs go."""
+def _commit(student: Student, line: dict[str, Any], rounded: Path, ledger: Ledger, recipe: Recipe, say: Say) -> None:
+    """Write `line`, and every shard that is not there yet with its lines."""
     ck, count = student.checkpoint, len(student.blocks)
     before = records.read(rounded / records.LEDGER)
     if not any(entry["kind"] == "distillation" for entry in ledger.entries):
         known = [entry["kind"] for entry in ledger.entries]
         kept = [entry for entry in before if entry["kind"] in ("allocation", KIND) and entry["kind"] not in known]
-        names = list(student.outside.rest)
-        names += [f"{ck.prefix}.{i}.{name}" for i, block in enumerate(student.blocks) for name in block.rest]
-        ledger.append([*kept, {"kind": "distillation", "tuned": sorted(names), **course.entry()}])
+        ledger.append([*kept, line])
     rows = {i: [row for row in records.layers(before) if row.block == i] for i in range(count)}
     for i, block in enumerate(student.blocks):
         if i in ledger.blocks:

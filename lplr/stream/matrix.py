@@ -22,7 +22,7 @@ from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.shards import pieces
 from lplr.stream.source import check_finite
 
-TUNED = "tuned after it was rounded: no a-priori bound"
+TUNED, BEFORE = "tuned after it was rounded: no a-priori bound", "; before that: "
 VANISHED = "stored as zero: its values lie below the range of bfloat16 scales"
 
 
@@ -154,7 +154,9 @@ def tuned(
     started = time.perf_counter()
     W = weight.float().to(device)
     W = W.T.contiguous() if transposed else W
-    facts: dict[str, Any] = {"error": measured_error(W, f), "certificate": exact_error(W, f), "bound": None, "note": TUNED}
+    facts: dict[str, Any] = {"error": measured_error(W, f), "certificate": exact_error(W, f), "bound": None}
+    before = record.note.removeprefix(TUNED).removeprefix(BEFORE)  # of a block that was tuned already
+    facts["note"] = f"{TUNED}{BEFORE}{before}" if before else TUNED
     facts["probe_certificate"] = probe_certificate(W, f, generator=seeded(seed, record.name, device))
     facts["weighted_error"] = None if H is None else weighted_error(W, f, H)
     facts["seconds"] = record.seconds + time.perf_counter() - started

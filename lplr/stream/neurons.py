@@ -45,6 +45,7 @@ from lplr.stream.checkpoint import Checkpoint, Stored, open_checkpoint
 from lplr.stream.device import usable_device
 from lplr.stream.estimate import LIBRARIES, OVERHEAD, matmul_rate
 from lplr.stream.matrix import seeded
+from lplr.stream.meter import Progress
 from lplr.stream.moments import Drift, Original
 from lplr.stream.shards import shard_name, write_index, write_shard
 
@@ -52,7 +53,6 @@ RECORD = "pruned.json"
 MULTIPLE = 8  # a share is rounded so that this divides what is left, as it divides what is there: kernels want it
 WIDTH = "intermediate_size"  # the number of neurons in a config
 Notify = Callable[[str], None]
-Step = Callable[[float, float, str], None]
 Selection = Callable[[GatedMLP, Tensor | None, Tensor, int], Tensor]  # (mlp, H, W of down, count) -> neurons that go
 
 
@@ -117,10 +117,10 @@ def prune(
     neurons: str,
     output: Path | str,
     *,
-    selection: str = "elimination",
+    selection: str = "activation",
     correct: bool = True,
     notify: Notify | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Pruned:
     """Write the model of a recipe without `neurons` of each MLP (a share such as 10%, or a number) into the new folder `output`.
 
@@ -269,7 +269,7 @@ class _Choice:
 
 
 def _write(
-    checkpoint: Checkpoint, choice: _Choice, tokens: Tensor | None, folder: Path, device: torch.device, step: Step
+    checkpoint: Checkpoint, choice: _Choice, tokens: Tensor | None, folder: Path, device: torch.device, step: Progress
 ) -> list[BlockPruned]:
     """Every file of the pruned model but the record, into `folder`."""
     ck, shards = checkpoint, len(checkpoint.stack) + 1
@@ -299,7 +299,7 @@ def _write(
 
 
 def _blocks(
-    checkpoint: Checkpoint, choice: _Choice, tokens: Tensor | None, folder: Path, device: torch.device, step: Step
+    checkpoint: Checkpoint, choice: _Choice, tokens: Tensor | None, folder: Path, device: torch.device, step: Progress
 ) -> Iterator[tuple[dict[str, Tensor], BlockPruned]]:
     """Each block's tensors as they are stored, pruned behind the pruned ones before it, and what was done."""
     ck, count = checkpoint, len(checkpoint.stack)

@@ -28,11 +28,11 @@ class Reconstructed:
     matrices: Mapping[str, Factorization]
     rest: Mapping[str, Tensor]
     course: Course
-    rows: int
+    tokens: int
 
     def line(self, block: int) -> dict[str, Any]:
         """The line of run.jsonl."""
-        return {"kind": KIND, "block": block, "rows": self.rows, "tuned": sorted(self.rest), **self.course.entry()}
+        return {"kind": KIND, "block": block, "tokens": self.tokens, "tuned": sorted(self.rest), **self.course.entry()}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Block:
         """Of its tensors' names."""
         return f"{self.checkpoint.prefix}.{self.index}."
 
-    def rest(self) -> dict[str, nn.Parameter]:
+    def vectors(self) -> dict[str, nn.Parameter]:
         """Name in the block -> a parameter that begins as the block's vector of that name: norms, biases."""
         vectors = {name: p for name, p in self.module.named_parameters() if p.dim() == 1 and p.is_floating_point()}
         return {name: nn.Parameter(p.detach().clone().float()) for name, p in vectors.items()}
@@ -87,10 +87,10 @@ def reconstruct(
     The batches of `split` choose the iterate.  say(passes done, held-out error).
     """
     within = {name: f"{name.removeprefix(block.prefix)}.weight" for name in matrices}
-    latents = {within[name]: Latent(f) for name, f in matrices.items()}
-    rest = block.rest()
-    dtypes = {name: block.checkpoint.stored_dtype(block.prefix + name) for name in rest}
-    chosen = Tunable(latents, frozenset(within[name] for name in matrices if block.transposed[name]), rest, dtypes)
+    latents = {within[name]: Latent(f, fixed=not recovery.lr) for name, f in matrices.items()}
+    vectors = block.vectors()
+    dtypes = {name: block.checkpoint.stored_dtype(block.prefix + name) for name in vectors}
+    chosen = Tunable(latents, frozenset(within[name] for name in matrices if block.transposed[name]), vectors, dtypes)
     called = Called(block.module, kwargs)
 
     def loss(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
@@ -101,7 +101,8 @@ def reconstruct(
     groups = chosen.groups(recovery.lr, recovery.scale_lr)
     course = descend(groups, chosen.tensors, loss, train, held, epochs=recovery.epochs, generator=generator, say=say)
     made = {name: latents[within[name]].factorization() for name in matrices}
-    return Reconstructed(made, {block.prefix + name: t for name, t in chosen.stored().items()}, course, inputs.shape[0])
+    rest = {block.prefix + name: tensor for name, tensor in chosen.stored().items()}
+    return Reconstructed(made, rest, course, tokens_of(course, train, inputs))
 
 
 def split(inputs: Activations) -> tuple[list[slice], list[slice]]:
@@ -112,3 +113,8 @@ def split(inputs: Activations) -> tuple[list[slice], list[slice]]:
     batches = list(inputs.batches())
     count = max(1, round(HELD_OUT * len(batches)))
     return batches[:-count] or batches, batches[-count:]
+
+
+def tokens_of(course: Course, train: list[slice], inputs: Activations) -> int:
+    """Tokens that gradients were taken on, each as often as it was."""
+    return len(course.losses) * sum(rows.stop - rows.start for rows in train) * inputs.shape[1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from lplr.recover import Group, State, descend, relative_error
+from lplr.recover import Course, Group, State, descend, relative_error
 from lplr.recover.descend import step_size
 
 ROWS = [slice(i, i + 8) for i in range(0, 64, 8)]
@@ -62,6 +63,12 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_best():
     course = descend([Group([p], 0.1)], of(p), bad, ROWS[:-1], ROWS[-1:], epochs=9, generator=gen())
     assert math.isfinite(course.after) and bool(torch.isfinite(p).all())
     assert len(course.losses) < 9
+
+
+def test_a_loss_that_is_not_finite_has_a_place_in_a_record():
+    entry = Course(1.0, (0.5, math.inf), 0.5, 3, 0.1).entry()
+    assert json.loads(json.dumps(entry, allow_nan=False)) == {**entry, "losses": [0.5, None]}
+    assert Course(math.nan, (), math.nan, 0, 0.0).entry()["before"] is None
 
 
 def test_not_a_number_at_the_start_changes_nothing():

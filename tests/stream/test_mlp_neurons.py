@@ -107,7 +107,7 @@ def test_neurons_that_are_there_twice_go_for_nothing(tmp_path: Path) -> None:
     for i in range(LAYERS):
         for name in ("gate_proj", "up_proj"):
             checkpoints.change_tensor(model, f"model.layers.{i}.mlp.{name}.weight", lambda W: W[: INNER // 2].repeat(2, 1))
-    made = prune(recipe(model), "50%", tmp_path / "out")
+    made = prune(recipe(model), "50%", tmp_path / "out", selection="elimination")
     assert made.plan.neurons == (40, 24)  # a multiple of eight stays
     whole, new = load_model(model), load_model(tmp_path / "out")
     ids = rows_of(model)

@@ -38,7 +38,7 @@ def test_no_block_ends_worse_than_it_began(architecture: str, method: str, tmp_p
     assert [line["block"] for line in lines] == list(range(pico.LAYERS))
     for line in lines:
         assert line["after"] == min([line["before"], *line["losses"]]) and len(line["losses"]) == 2
-        assert line["steps"] > 0 and line["rows"] == 6
+        assert line["steps"] > 0 and line["tokens"] == 2 * 6 * 32  # two passes; six rows are one batch
     # certificates are of what is stored, in the records and against the base model
     assert verify(out, str(source)).worst == pytest.approx(1, abs=1e-4)
     improved = {line["block"] for line in lines if line["after"] < line["before"]}
@@ -97,11 +97,38 @@ def test_a_killed_run_ends_in_the_same_bytes(tmp_path: Path):
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
 
 
-def test_without_calibration_there_is_nothing_to_tune_on(tmp_path: Path):
+def test_without_calibration_there_is_nothing_to_tune_on_and_that_is_said(tmp_path: Path):
     source = checkpoints.write(tmp_path / "base", "llama")
     chosen = {**calibrated(source, recovery=RECOVERY), "bits": 3, "dataset": "none"}
-    run(chosen, tmp_path / "out")
+    said: list[str] = []
+    run(chosen, tmp_path / "out", notify=said.append)
     assert recovery_lines(tmp_path / "out") == []
+    assert any("nothing is tuned" in line and "--dataset" in line for line in said)
+
+
+def test_codes_stay_with_a_step_size_of_zero_and_nothing_is_encoded_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = checkpoints.write(tmp_path / "base", "llama")
+    chosen = {**calibrated(source, recovery={**RECOVERY, "lr": 0.0}), "bits": 3, "propagation": 0.0}
+    run({**chosen, "recovery": "fast"}, tmp_path / "plain")
+
+    def encoder(*_: Any) -> None:
+        raise AssertionError("codes were chosen again")
+
+    monkeypatch.setattr("lplr.recover.latent.nearest_of", encoder)
+    run(chosen, tmp_path / "tuned")
+    # the first block sees what it saw without tuning; those behind it see a tuned one
+    tuned, plain = (dict(load_model(tmp_path / name).model.layers[0].named_buffers()) for name in ("tuned", "plain"))
+    codes = [name for name in plain if name.endswith("codes")]
+    assert codes and all(torch.equal(tuned[name], plain[name]) for name in codes)
+
+
+def test_what_a_record_had_to_say_is_kept(tmp_path: Path):
+    """An expert that few tokens reach: its note stands in the record of the tuned matrix as well."""
+    source = checkpoints.write(tmp_path / "base", "mixtral")
+    rows = run({**calibrated(source, recovery=RECOVERY), "bits": 3, "nsamples": 1, "seqlen": 8}, tmp_path / "out")
+    told = [row.note for row in rows if "calibration token" in row.note]
+    assert told and all(note.startswith("tuned") or "no calibration token" in note for note in told)
+    assert any(note.startswith("tuned") for note in told)
 
 
 def test_no_recovery_is_the_same_as_before(tmp_path: Path):

@@ -1,8 +1,8 @@
 """y = x X^T for one packed matrix X: row scales times points of a grid times column scales; an operator of torch.
 
-lplr::matmul, with the shape of its result for `torch.compile` and its derivatives with respect to x and the scales:
+    lplr::matmul, with the shape of its result for `torch.compile` and its derivatives with respect to x and the scales:
 
-u = (x * col) C^T,  y = u * row:     dx = ((dy * row) C) * col,     drow = sum dy * u,     dcol = sum ((dy * row) C) * x
+    u = (x * col) C^T,  y = u * row:     dx = ((dy * row) C) * col,     drow = sum dy * u,     dcol = sum ((dy * row) C) * x
 """
 
 from __future__ import annotations

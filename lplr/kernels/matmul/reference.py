@@ -1,6 +1,6 @@
 """The product with a packed matrix in plain torch: the points are formed, then multiplied.
 
-y = ((x * col) C^T) * row,       C = [ratio C_narrow, C_rest]
+    y = ((x * col) C^T) * row,       C = [ratio C_narrow, C_rest]
 """
 
 from __future__ import annotations
