@@ -25,7 +25,7 @@ import torch
 import lplr
 from lplr.kernels import trellis
 from lplr.recipe import make_recipe
-from lplr.stream import allocation, compress, matrix, sensitivity
+from lplr.stream import allocation, compress, ledger, matrix, sensitivity
 
 own: dict[str, float] = defaultdict(float)
 calls: dict[str, int] = defaultdict(int)
@@ -64,7 +64,7 @@ def watch() -> None:
         (compress, "collect", "second moments behind the compressed prefix"),
         (matrix, "factorize", "factorization without the encoder"),
         (matrix, "certify", "certificates"),
-        (compress, "write_shard", "writing"),
+        (ledger, "write_shard", "writing"),
         (compress, "advance", "running the compressed block"),
         (allocation, "error_curve", "error curves without the encoder"),
         (sensitivity, "run_block", "allocation: blocks, forward and back"),
