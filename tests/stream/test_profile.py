@@ -1,4 +1,4 @@
-"""eval/speed/profile_compress.py finds the stages that it times where the driver looks them up: it broke twice when they moved."""
+"""eval/speed/profile_compress.py finds the stages that it times where the driver looks them up: twice it did not."""
 
 from __future__ import annotations
 
