@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from lplr.kernels.hadamard import gpu as hadamard
 from lplr.kernels.levels import WIDTHS
 from lplr.kernels.matmul import gpu
+from lplr.kernels.trellis import gpu as trellis
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 GRIDS = [(grid, bits) for grid, widths in WIDTHS.items() for bits in widths]
@@ -70,7 +71,7 @@ class Machine:
 
 
 def compiled(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: set[str], target: int, **options: int
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: set[str], target: int, **options: Any
 ) -> Machine:
     """A kernel compiled for sm_<target>; `aligned` are the arguments that 16 divides."""
     names = kernel.arg_names
@@ -184,6 +185,24 @@ def transform(p: int, target: int) -> dict[str, Any]:
     return {"kernel": "transform_rows", "entries": p, "type": "bf16", "target": f"sm_{target}", **asdict(machine)}
 
 
+def encoder(bits: float, target: int) -> Machine:
+    """The search of the trellis encoder for a width."""
+    types = {"X": "*fp32", "weights": "*fp32", "start": "*i64", "book": "*fp32", "back": "*u8", "last": "*i32", "steps": "i32"}
+    constants, options = trellis.constants(bits), {"num_warps": trellis.WARPS, "enable_fp_fusion": False}
+    return compiled(trellis.search_rows, types, constants, set(types) - {"steps"}, target, **options)
+
+
+def encoder_row(bits: float, target: int) -> dict[str, Any]:
+    """Its line of the report: what instruction issue alone allows."""
+    machine = encoder(bits, target)
+    line = {"kernel": "search_rows", "grid": "trellis", "bits": bits, "type": "fp32", "target": f"sm_{target}", **asdict(machine)}
+    if target in CARD_OF:
+        _, processors, clock, _, _ = CARDS[CARD_OF[target]]
+        entries = trellis.constants(bits)["ENTRIES"] * processors * clock * LANES / (32 * trellis.WARPS * machine.loop)
+        line |= {"occupancy": round(occupancy(machine, trellis.WARPS, CARD_OF[target]), 3), "weights_per_second": round(entries)}
+    return line
+
+
 def llama(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Predicted tokens per second of Llama-2-7B, batch 1, no context: its 224 linear layers on one grid, a bfloat16 head."""
     weights, head = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32000 * 4096 * 2
@@ -218,9 +237,10 @@ def main() -> None:
                 lines.append(row(grid, bits, tokens, dtype, target))
                 print(*(f"{key}={lines[-1].get(key)}" for key in SHOWN), flush=True)
         lines += [transform(p, target) for p in (64, 1024, 4096, 16384)]
+        lines += [encoder_row(bits, target) for bits in WIDTHS["trellis"]]
     report: dict[str, Any] = {"note": "computed from machine code; nothing was run on a GPU", "triton": triton.__version__}
     report |= {"cards": {name: numbers[:3] for name, numbers in CARDS.items()}, "launch_seconds": LAUNCH}
-    report |= {"kernels": lines, "llama_2_7b_predicted": llama([line for line in lines if "grid" in line])}
+    report |= {"kernels": lines, "llama_2_7b_predicted": llama([line for line in lines if "tokens" in line])}
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

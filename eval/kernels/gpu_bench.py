@@ -1,21 +1,25 @@
-"""Decode and prefill of packed matrices on a GPU, against what its memory and cuBLAS do in the same run.
+"""Decode and prefill of packed matrices on a GPU, against what its memory and cuBLAS do in the same run; the trellis encoder.
 
     make bench-gpu
 
-Every answer is checked against the torch form in float64 before it is timed.  Prints, for each shape and format: microseconds,
-the share of the copy bandwidth that reading the codes reaches (one token), and the speed over a bfloat16 linear layer of cuBLAS.
-Not run yet: no GPU was at hand when it was written.
+Every answer is checked against the torch form before it is timed, by CUDA graphs over as many matrices as no cache holds.
+Prints, for each shape and format: microseconds, the share of the copy bandwidth that reading the codes reaches (one token), and
+the speed over a bfloat16 linear layer of cuBLAS; for the encoder weights a second, and that over the torch form on the same GPU.
+`--formats` picks some.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from triton.testing import do_bench
+import triton
+from triton.testing import do_bench, do_bench_cudagraph
 
+from lplr.kernels import trellis
 from lplr.kernels.levels import packed_shape
 from lplr.kernels.matmul import matmul, reference
 
@@ -23,6 +27,7 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 FORMATS = (("uniform", 1.0), ("uniform", 2.0), ("uniform", 4.0), ("normal_float", 4.0))
 FORMATS += (("lattice", 2.0), ("trellis", 1.0), ("trellis", 2.0))
 TOKENS = (1, 4, 16, 512)
+COLD = 256 << 20  # bytes that no cache holds
 
 
 def copy_bandwidth() -> float:
@@ -32,35 +37,71 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (do_bench(lambda: target.copy_(source)) * 1e-3)
 
 
+def copies(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """As many of a tensor as the cache does not hold: layers of a model follow each other."""
+    return [tensor.clone() for _ in range(min(128, -(-COLD // (tensor.numel() * tensor.element_size()))))]
+
+
+def microseconds(product: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
+    """The time of one of the products with all weights one after another, launched as a CUDA graph."""
+
+    def all_of_them() -> None:
+        for weight in weights:
+            product(weight)
+
+    return do_bench_cudagraph(all_of_them, rep=30, return_mode="median") / len(weights) * 1e3
+
+
+def encoding(bits: float, generator: torch.Generator, m: int = 4096, n: int = 4096) -> dict[str, float]:
+    """The trellis encoder on m sequences of n entries of N(0, 1); the torch form on as many as its memory is meant for."""
+    x = torch.randn(m, n, device="cuda", generator=generator)
+    few = x[:256, :512].contiguous()
+    for found, of_cpu in zip(trellis.encode(few, bits), trellis.encode(few.cpu(), bits), strict=True):
+        assert torch.equal(found.cpu(), of_cpu), f"the encoder of {bits} bits finds other codes than on the CPU"
+    mine = m * n / do_bench(lambda: trellis.encode(x, bits), warmup=1, rep=400) * 1e3
+    torch_form = few.numel() / do_bench(lambda: trellis.reference.encode(few, bits), warmup=1, rep=1) * 1e3
+    alone = n / do_bench(lambda: trellis.encode(x[:1], bits), warmup=1, rep=100) * 1e3
+    line = {"bits": bits, "sequences": m, "entries": n, "weights_per_second": mine, "over_torch": mine / torch_form}
+    line |= {"one_sequence_weights_per_second": alone}
+    print("encoder", *(f"{k}={v:.3g}" for k, v in line.items()), flush=True)
+    return line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("eval/results/kernels_gpu.json"))
+    parser.add_argument("--formats", nargs="+", default=[f"{grid}:{bits:g}" for grid, bits in FORMATS], metavar="GRID:BITS")
     args = parser.parse_args()
+    formats = [(grid, float(bits)) for grid, bits in (text.split(":") for text in args.formats)]
     bandwidth, generator = copy_bandwidth(), torch.Generator("cuda").manual_seed(0)
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e9:.0f} GB/s")
     lines = []
     for n, d in SHAPES:
         W = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, generator=generator)
         row, col = (torch.rand(size, device="cuda", generator=generator).bfloat16() for size in (n, d))
-        dense = {}
+        dense, weights = {}, copies(W)
         for tokens in TOKENS:
             x = torch.randn(tokens, d, device="cuda", dtype=torch.bfloat16, generator=generator)
-            dense[tokens] = x, do_bench(lambda x=x, W=W: x @ W.T) * 1e3
-        for grid, bits in FORMATS:
+            dense[tokens] = x, microseconds(lambda W, x=x: x @ W.T, weights)
+        for grid, bits in formats:
             # every pattern of bits is a code, whatever the grid
             codes = torch.randint(0, 256, packed_shape((n, d), grid, bits), device="cuda", dtype=torch.uint8, generator=generator)
+            packed = copies(codes)
             for tokens, (x, of_cublas) in dense.items():
                 y = matmul(x, codes, n, (grid, bits), row, col)
                 want = reference.matmul(x.double(), codes, n, (grid, bits), row, col, None, 0)
                 error = float((y.double() - want).norm() / want.norm())
                 assert error < 2.0**-7, f"{grid} {bits} {n}x{d} {tokens}: error {error}"  # x * col, the points and y in bfloat16
-                mine = do_bench(lambda x=x, c=codes, g=(grid, bits), n=n, r=row, k=col: matmul(x, c, n, g, r, k)) * 1e3
+                mine = microseconds(lambda c, x=x, g=(grid, bits), n=n, r=row, k=col: matmul(x, c, n, g, r, k), packed)
                 line = {"n": n, "d": d, "grid": grid, "bits": bits, "tokens": tokens, "us": mine}
                 line |= {"cublas_us": of_cublas, "error": error}
                 line |= {"over_cublas": of_cublas / mine, "of_bandwidth": codes.numel() / (mine * 1e-6) / bandwidth}
                 lines.append(line)
                 print(*(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()), flush=True)
-    report = {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": bandwidth, "lines": lines}
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    report |= {"copy_bytes_per_second": bandwidth, "lines": lines}
+    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report |= {"encoder": [encoding(bits, generator) for grid, bits in formats if grid == "trellis"]}
     args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

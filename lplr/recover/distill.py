@@ -34,6 +34,10 @@ class Likeliest:
         log_p, index = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]), -1)
         return cls(log_p, index.int())
 
+    def to(self, device: torch.device | str) -> Likeliest:
+        """The same on a device."""
+        return Likeliest(self.log_p.to(device), self.index.to(device))
+
     def __getitem__(self, rows: slice) -> Likeliest:
         return Likeliest(self.log_p[rows], self.index[rows])
 

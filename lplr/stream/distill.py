@@ -154,7 +154,7 @@ def distill(
             with loaded(ck, i, device) as block:
                 advance(block, states, more, device)
         with outside(ck, device, head=True):
-            told = _told(ck, states)
+            told = _told(ck, states, device)
             student = Student.of(ck, rounded, kwargs, device, codes=codes)
             course = _descended(student, inputs, told, recipe, folder, say)
             line = {"kind": "distillation", "tokens": tokens_of(course, split(inputs)[0], inputs), **course.entry()}
@@ -164,11 +164,12 @@ def distill(
         inputs.close()
 
 
-def _told(ck: Checkpoint, states: Activations) -> Likeliest:
-    """The original's distributions behind its last block's outputs, a row at a time."""
+def _told(ck: Checkpoint, states: Activations, device: torch.device) -> Likeliest:
+    """The original's distributions behind its last block's outputs, a row at a time; not on the device."""
     head = _Head(ck.model)
     with torch.no_grad():
-        found = [Likeliest.of(head(states.get(slice(i, i + 1))[0]), LIKELIEST) for i in range(states.shape[0])]
+        rows = (states.get(slice(i, i + 1))[0].to(device) for i in range(states.shape[0]))
+        found = [Likeliest.of(head(x), LIKELIEST).to("cpu") for x in rows]
     return Likeliest(torch.stack([f.log_p for f in found]), torch.stack([f.index for f in found]))
 
 
@@ -178,7 +179,7 @@ def _descended(student: Student, inputs: Activations, told: Likeliest, recipe: R
     def loss(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
         with autocast(student.device):
             hidden = student.hidden(tensors, inputs.get(rows).to(student.device))
-            return taught(hidden, student.head(tensors), told[rows])
+            return taught(hidden, student.head(tensors), told[rows].to(student.device))
 
     def told_of(epoch: int, value: float) -> None:
         say(

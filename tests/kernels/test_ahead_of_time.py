@@ -15,7 +15,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from eval.kernels.ahead_of_time import CARDS, GRIDS, compiled, load_bytes, matmul, row, transform
+from eval.kernels.ahead_of_time import CARDS, GRIDS, compiled, encoder, load_bytes, matmul, row, transform
+from lplr.kernels import trellis
 from lplr.kernels.levels import WIDTHS
 from lplr.kernels.round_pack import gpu as round_pack
 from lplr.kernels.sketch import gpu as sketch
@@ -67,6 +68,15 @@ def test_sketch_and_rounding(target: int) -> None:
             constants = round_pack.CONSTANTS | {"BITS": bits, "STOCHASTIC": stochastic}
             machine = compiled(round_pack.round_tile, types, constants, {"X", "row", "col", "out", "d"}, target)
             assert machine.spills == machine.stack == 0 and any("128" in name for name in machine.loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("bits", trellis.WIDTHS)
+def test_trellis_encoder(bits: float, target: int) -> None:
+    """All costs of a sequence stay in registers, with room for two sequences a processor."""
+    machine = encoder(bits, target)
+    assert machine.spills == machine.stack == 0 and machine.shared <= SHARED and machine.registers <= 128
 
 
 def test_what_a_line_of_the_report_says() -> None:

@@ -1,8 +1,10 @@
 """The product with a packed matrix by Triton: which kernel, its sizes, and the launches.
 
-One token is a matrix-vector product bound by the bytes of the codes: `decode_*`.  More go to the tensor cores a tile at a time:
-`tile_*`, 16 or 32 at a time.  Sizes are those with which nothing spills on sm_80 and sm_90 (tests/kernels/
-test_ahead_of_time.py); the inputs are split over programs until there are PROGRAMS of them.
+One token and the uniform grid is a matrix-vector product by `decode_uniform`.  More tokens go to the tensor cores a tile at a
+time, `tile_*`, 16 or 32 at a time; so does one token of a grid whose points are looked up: on an H100 that took a quarter of the
+time of a matrix-vector product (eval/kernels/gpu_bench.py; trellis, 4096 x 4096: 24 us against 102).  Sizes are those with which
+nothing spills on sm_80 and sm_90 (tests/kernels/test_ahead_of_time.py); the inputs are split over programs until there are
+PROGRAMS of them.
 """
 
 from __future__ import annotations
@@ -44,31 +46,29 @@ def plan(n: int, d: int, grid: str, bits: float, tokens: int, dtype: torch.dtype
     width = packed_shape((n, d), grid, bits)[1]
     constants: dict[str, Any] = {"UNIT": 16 if width % 16 == 0 else 4 if width % 4 == 0 else 1}
     block = 32 if tokens > 16 and dtype == torch.bfloat16 and grid in ("uniform", "trellis") else 16
-    if tokens > 1:
-        constants |= {"TOKENS": block, "PIECES": PIECES[dtype]}
-    if grid not in BY_COLUMN:
-        constants |= {"GRID": grid, "BITS": int(bits)}
-        if tokens > 1:  # a thread reads a row; a table that is looked up in is not to be staged in shared memory
-            wide = 4 if grid == "uniform" or dtype == torch.bfloat16 else 2  # points of which two parts are held: half as many
-            stages = 2 if grid == "uniform" else 1
-            return Plan(programs.tile_rows, constants | {"ROWS": 128, "WIDE": wide}, 128, 32 * wide, block, stages=stages)
+    if grid == "uniform" and tokens == 1:
         groups = min(32, triton.next_power_of_2(triton.cdiv(d, 128)))
         rows = (256 if dtype == torch.float32 else 512) // groups  # two or four a thread: float32 x takes more registers
-        return Plan(programs.decode_rows, constants | {"ROWS": rows, "GROUPS": groups}, rows, 128 * groups, 1)
+        return Plan(
+            programs.decode_uniform, constants | {"BITS": int(bits), "ROWS": rows, "GROUPS": groups}, rows, 128 * groups, 1
+        )
+    constants |= {"TOKENS": block, "PIECES": PIECES[dtype]}
+    if grid not in BY_COLUMN:  # a thread reads a row; a table that is looked up in is not to be staged in shared memory
+        constants |= {"GRID": grid, "BITS": int(bits)}
+        wide = 4 if grid == "uniform" or dtype == torch.bfloat16 else 2  # points of which two parts are held: half as many
+        stages = 2 if grid == "uniform" else 1
+        return Plan(programs.tile_rows, constants | {"ROWS": 128, "WIDE": wide}, 128, 32 * wide, block, stages=stages)
     if grid == "lattice":
-        vectors = {2: 8, 3: 16, 4: 4 if tokens == 1 else 8}[int(bits)]  # whole loads of 16 bytes, few sums a thread
+        vectors = {2: 8, 3: 16, 4: 8}[int(bits)]  # whole loads of 16 bytes, few sums a thread
         constants |= {"BITS": int(bits), "VECTORS": vectors} | _lattice_constants(bits)
-        kernels, rows = (programs.decode_lattice, programs.tile_lattice), 8 * vectors
-        threads = 64 if bits == 3 or (bits == 4 and tokens == 1) else 128
+        kernel, rows, threads = programs.tile_lattice, 8 * vectors, 64 if bits == 3 else 128
     else:
         code = trellis.code(bits)
         constants |= {"STEP": code.step_bits, "ENTRIES": code.entries, "HISTORY": history(bits)}
-        kernels, rows, threads = (programs.decode_trellis, programs.tile_trellis), 128, 128
-    if tokens > 1:  # a thread reads a column; points of the lattice, a look-up each, are then spread over twice as many threads
-        warps = threads // (16 if grid == "lattice" else 32)
-        return Plan(kernels[1], constants | {"COLUMNS": threads}, rows, threads, block, warps, stages=1)
-    groups = min(32, triton.next_power_of_2(triton.cdiv(n, rows)))
-    return Plan(kernels[0], constants | {"GROUPS": groups, "COLUMNS": threads // groups}, rows * groups, threads // groups, 1)
+        kernel, rows, threads = programs.tile_trellis, 128, 128
+    # a thread reads a column; points of the lattice, a look-up each, are then spread over twice as many threads
+    warps = threads // (16 if grid == "lattice" else 32)
+    return Plan(kernel, constants | {"COLUMNS": threads}, rows, threads, block, warps, stages=1)
 
 
 def _lattice_constants(bits: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `kernels.matmul`: one token (decode) or a tile of them, of codes stored by rows or by columns.
+"""The Triton kernels of `kernels.matmul`: one token of the uniform grid, or a tile of tokens, of codes stored by rows or columns.
 
 All sum over a part of the d inputs (split-K) in float32.  With one part the result is scaled and stored; with several, each
 stores its sums, and `finish` adds them in a fixed order: the same numbers every time.
@@ -21,7 +21,6 @@ from lplr.kernels.matmul.tiles import (
     load_groups,
     row_points,
     trellis_points,
-    trellis_quarter,
     trellis_words,
 )
 
@@ -48,9 +47,9 @@ def store(y, row_scale, out, place, row, seen, part, size, ROW: tl.constexpr, PA
 
 
 @triton.jit
-def decode_rows(
+def decode_uniform(
     x, col, codes, table, row_scale, out, n, d, units, blocks, part, ratio,
-    GRID: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One token: ROWS outputs a program, each thread sums over its own groups; one exchange between threads, at the end.
@@ -68,67 +67,10 @@ def decode_rows(
         each = apart(values, GROUPS)
         words = load_groups(codes, row, row < n, block * GROUPS, units, UNIT, BITS, 4, GROUPS)
         for k in tl.static_range(128):
-            code = field(words, k * BITS, BITS)
-            if GRID == "uniform":
-                sums += between_one_and_two(code, BITS) * each[k]
-            else:
-                sums += tl.load(table + code) * each[k]
-    if GRID == "uniform":
-        sums = sums * (2 << BITS) - of_x * ((2 << BITS) + (1 << BITS) - 1)
+            sums += between_one_and_two(field(words, k * BITS, BITS), BITS) * each[k]
+    sums = sums * (2 << BITS) - of_x * ((2 << BITS) + (1 << BITS) - 1)
     y = tl.sum(sums, 1) * ratio
     store(y, row_scale, out, row, row, row < n, part + tl.program_id(1), n, ROW, PARTS)
-
-
-@triton.jit
-def decode_lattice(
-    x, col, codes, table, row_scale, out, n, d, units, blocks, part, ratio,
-    BITS: tl.constexpr, UNIT: tl.constexpr, VECTORS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr,
-    EVEN: tl.constexpr, SHIFT: tl.constexpr, EVEN_2: tl.constexpr, SHIFT_2: tl.constexpr,
-    COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """One token: GROUPS * VECTORS * 8 outputs a program, each thread sums its own outputs over its columns."""
-    sums = tl.zeros([COLUMNS, GROUPS * VECTORS * 8], tl.float32)
-    first = tl.program_id(1) * blocks
-    group = tl.program_id(0) * GROUPS
-    for block in range(first, first + blocks):
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
-        value = load_scaled(x, col, column, column < d, COL)
-        points = lattice_points(
-            codes, column, column < d, group, units, table, UNIT, BITS, VECTORS, GROUPS, EVEN, SHIFT, EVEN_2, SHIFT_2
-        )
-        sums += points * value[:, None]
-    row = group * (VECTORS * 8) + tl.arange(0, GROUPS * VECTORS * 8)
-    store(tl.sum(sums, 0) * ratio, row_scale, out, row, row, row < n, part + tl.program_id(1), n, ROW, PARTS)
-
-
-@triton.jit
-def decode_trellis(
-    x, col, codes, table, row_scale, out, n, d, units, blocks, part, ratio,
-    STEP: tl.constexpr, ENTRIES: tl.constexpr, HISTORY: tl.constexpr, UNIT: tl.constexpr,
-    COLUMNS: tl.constexpr, GROUPS: tl.constexpr, COL: tl.constexpr, ROW: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """As `decode_lattice`; the four quarters of a group have their own sums."""
-    sums_0 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
-    sums_1 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
-    sums_2 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
-    sums_3 = tl.zeros([COLUMNS, GROUPS, 32], tl.float32)
-    first = tl.program_id(1) * blocks
-    group = tl.program_id(0) * GROUPS
-    states = tl.load(table + tl.arange(0, 4096))
-    for block in range(first, first + blocks):
-        column = block * COLUMNS + tl.arange(0, COLUMNS)
-        value = load_scaled(x, col, column, column < d, COL)[:, None, None]
-        words = trellis_words(codes, column, column < d, group, units, UNIT, STEP, ENTRIES, GROUPS, HISTORY)
-        sums_0 += trellis_quarter(words, states, 0, STEP, ENTRIES) * value
-        sums_1 += trellis_quarter(words, states, 1, STEP, ENTRIES) * value
-        sums_2 += trellis_quarter(words, states, 2, STEP, ENTRIES) * value
-        sums_3 += trellis_quarter(words, states, 3, STEP, ENTRIES) * value
-    row = group * 128 + tl.reshape(tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 32)[None, :], [GROUPS * 32])
-    for q in tl.static_range(4):
-        sums = sums_0 if q == 0 else sums_1 if q == 1 else sums_2 if q == 2 else sums_3
-        y = tl.reshape(tl.sum(sums, 0), [GROUPS * 32]) * ratio
-        at = row + 32 * q
-        store(y, row_scale, out, at, at, at < n, part + tl.program_id(1), n, ROW, PARTS)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ Tseng et al., "QTIP", NeurIPS 2024 (the bit-shift trellis with a random or compu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -132,15 +133,18 @@ def stretches(steps: int, c: Code, feedback: Feedback | None) -> list[tuple[int,
     return [(t, min(t + length, steps), min(t + length + ahead, steps)) for t in range(0, steps, length)]
 
 
-def encode(x: Tensor, bits: float, feedback: Feedback | None = None) -> tuple[Tensor, Tensor]:
+def encode(
+    x: Tensor, bits: float, feedback: Feedback | None = None, *, search: Callable[..., Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The sequences of the trellis with the least ||x_i - xhat_i||^2, for x (m, n): (packed codes uint8 (m, packed_width),
     xhat (m, n)).
 
     With feedback, xhat of small sum_t weights_t rho_t^2: one block of entries at a time are decided, on the cheapest path that
     goes on AHEAD bits behind them, and then what they leave, times U, is added to all entries after them.  Costs are summed in
-    float32.  Time m n (2^STATE_BITS + n); memory m 2^STATE_BITS floats and a byte for each step and path.
+    float32.  Time m n (2^STATE_BITS + n); memory m 2^STATE_BITS floats and a byte for each step and path.  `search` is another
+    form of `cheapest`.
     """
-    c = code(bits)
+    c, search = code(bits), search or cheapest
     m, n = x.shape
     steps = -(-n // c.entries)
     wanted = torch.zeros(m, steps * c.entries, device=x.device)
@@ -154,31 +158,22 @@ def encode(x: Tensor, bits: float, feedback: Feedback | None = None) -> tuple[Te
     given = wanted.clone()
     for first, stop, end in stretches(steps, c, feedback):
         seen = slice(first * c.entries, end * c.entries)
-        path = _cheapest(wanted[:, seen], weights[seen], state, bits)[:, : stop - first]
-        symbols[:, first:stop] = path
+        path = search(wanted[:, seen], weights[seen], state, bits)[:, : stop - first]
+        symbols[:, first:stop] = (path & ((1 << c.step_bits) - 1)).to(torch.uint8)
         if feedback is None or stop == steps:
             break
-        states = _follow(path, state, c)
-        state = states[:, -1]
+        state = path[:, -1]
         decided = slice(first * c.entries, stop * c.entries)
-        values = codebook(bits).to(x.device)[:, states].permute(1, 2, 0).reshape(m, -1)
+        values = codebook(bits).to(x.device)[:, path].permute(1, 2, 0).reshape(m, -1)
         error = given[:, decided] - values
         wanted[:, decided.stop : n] += error @ feedback.U[decided, decided.stop :]
     codes = pack(symbols, c.step_bits)
     return codes, decode(codes, bits, n, x.dtype)
 
 
-def _follow(symbols: Tensor, state: Tensor, c: Code) -> Tensor:
-    """Symbols (m, t) and the state (m,) before them -> the state after each, (m, t)."""
-    out = []
-    for symbol in symbols.long().T:
-        state = ((state << c.step_bits) | symbol) & ((1 << STATE_BITS) - 1)
-        out.append(state)
-    return torch.stack(out, 1)
-
-
-def _cheapest(x: Tensor, weights: Tensor, state: Tensor, bits: float) -> Tensor:
-    """The symbols (m, t) from a state (m,) on of least sum weights (x - xhat)^2, for x (m, t entries): Viterbi's algorithm."""
+def cheapest(x: Tensor, weights: Tensor, state: Tensor, bits: float) -> Tensor:
+    """The states (m, t), int64, after each step from a state (m,) on of least sum weights (x - xhat)^2, for x (m, t entries):
+    Viterbi's algorithm."""
     c = code(bits)
     m, steps, ways, kept = len(x), x.shape[1] // c.entries, 1 << c.step_bits, 1 << (STATE_BITS - c.step_bits)
     book = codebook(bits).to(x.device)  # (v, 2^STATE_BITS)
@@ -193,10 +188,10 @@ def _cheapest(x: Tensor, weights: Tensor, state: Tensor, bits: float) -> Tensor:
             at = t * c.entries + v
             cost = cost + (x[:, at, None] - book[v]).square_().mul_(weights[at])
     last = cost.argmin(1)
-    symbols = torch.empty(m, steps, dtype=torch.uint8, device=x.device)
+    states = torch.empty(m, steps, dtype=torch.int64, device=x.device)
     for t in range(steps - 1, -1, -1):
-        symbols[:, t] = (last & (ways - 1)).to(torch.uint8)
+        states[:, t] = last
         rest = last >> c.step_bits
         oldest = back[t].gather(1, rest[:, None])[:, 0].long()
         last = (oldest << (STATE_BITS - c.step_bits)) | rest
-    return symbols
+    return states
