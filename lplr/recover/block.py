@@ -12,32 +12,32 @@ Sources: Li et al., "BRECQ", ICLR 2021 (reconstruction by blocks); Shao et al., 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lplr.recover.descend import Group
-from lplr.recover.latent import Latent
+from lplr.recover.latent import Applied, Latent
 
 
 @dataclass
 class Tunable:
     """A block's tensors as functions of parameters: packed matrices by latents, the rest (norms, biases) by itself.
 
-    names are those of the block's own parameters; `transposed` are matrices that the module holds as (d, n); dtypes are those
-    that the rest is stored in; `fixed` are tensors that nothing changes.
+    latents are by the names of the linear layers in the block, which `applied` puts them in the place of; the rest is by the
+    block's own names, as are dtypes, that the rest is stored in; `fixed` are tensors that nothing changes.
     """
 
     latents: Mapping[str, Latent]
-    transposed: frozenset[str] = frozenset()
     rest: Mapping[str, nn.Parameter] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Name -> tensor, float32, with the values that would be stored; differentiable."""
-        out = {name: latent().T if name in self.transposed else latent() for name, latent in self.latents.items()}
+        """Name -> tensor, float32, with the values that would be stored, for the block as `applied` makes it; differentiable."""
+        out = {f"{layer}.{name}": tensor for layer, latent in self.latents.items() for name, tensor in latent.tensors().items()}
         out |= self.fixed
         return out | {name: p + (p.detach().to(self.dtypes[name]).float() - p).detach() for name, p in self.rest.items()}
 
@@ -50,6 +50,14 @@ class Tunable:
     def stored(self) -> dict[str, Tensor]:
         """Name -> tensor of the rest, in the type that it is stored in."""
         return {name: p.detach().to(self.dtypes[name]) for name, p in self.rest.items()}
+
+
+def applied(block: nn.Module, latents: Mapping[str, Latent]) -> nn.Module:
+    """A copy of a block, its tensors the same ones, with `Applied` for the linear layers of these names."""
+    made = deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())})
+    for name, latent in latents.items():
+        made.set_submodule(name, Applied(latent, bias=getattr(block.get_submodule(name), "bias", None) is not None))
+    return made
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:

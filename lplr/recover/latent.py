@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lplr.factor.factorization import Factorization, rotated
+from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.quant.nearest import nearest_of
 from lplr.quant.qtensor import QTensor, round_scale
 
@@ -50,15 +51,25 @@ class Latent(nn.Module):
         """Logarithms of the scales, from 0."""
         return list(self.gains.values())
 
-    def forward(self) -> Tensor:
-        """W in float32."""
-        dense = {}
+    def tensors(self) -> dict[str, Tensor]:
+        """What W is a product of, float32: the points of each part under its name, rounded, and its scales as they are stored."""
+        out = {}
         for name, part in self._parts():
             x = self.points[name]
-            value = x if self.fixed else x + (nearest_of(part, x.detach())[1] - x).detach()
-            for scale, dim in (("row_scale", 1), ("col_scale", 0)):
+            out[name] = x if self.fixed else x + (nearest_of(part, x.detach())[1] - x).detach()
+            for scale in SCALES:
                 if (stored := getattr(part, scale)) is not None:
-                    value = value * self._scale(f"{name}_{scale}", stored).unsqueeze(dim)
+                    out[f"{name}_{scale}"] = self._scale(f"{name}_{scale}", stored)
+        return out
+
+    def forward(self) -> Tensor:
+        """W in float32."""
+        tensors, dense = self.tensors(), {}
+        for name, _ in self._parts():
+            value = tensors[name]
+            for scale, dim in (("row_scale", 1), ("col_scale", 0)):
+                if (factor := tensors.get(f"{name}_{scale}")) is not None:
+                    value = value * factor.unsqueeze(dim)
             dense[name] = value
         out = dense.get("q")
         if "l" in dense:
@@ -86,3 +97,42 @@ class Latent(nn.Module):
     def _scale(self, name: str, stored: Tensor) -> Tensor:
         raw = self._raw(name, stored)
         return raw + (round_scale(raw.detach()).float() - raw).detach()
+
+
+class Applied(nn.Module):
+    """y = x W^T + b (..., n) for x (..., d): a Latent as a linear layer.
+
+    It has the names of `Latent.tensors`, and a bias if asked to, but no values: `torch.func.functional_call` gives them.
+    Products are taken in the bases in which Q, L and R stand: it is x and y that are rotated, and neither W nor its gradient is
+    formed.
+    """
+
+    def __init__(self, latent: Latent, *, bias: bool = False) -> None:
+        super().__init__()
+        made = latent.made
+        n, d = made.shape
+        self.signs = rotation_signs(made.rotation, d) if made.rotation else None
+        self.output_signs = rotation_signs(made.output_rotation, n) if made.output_rotation else None
+        shapes = {name: tensor.shape for name, tensor in latent.tensors().items()}
+        self.names = tuple(shapes)
+        for name, shape in ({**shapes, "bias": torch.Size((n,))} if bias else shapes).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x if self.signs is None else rotate(x, self.signs)
+        parts = []
+        if "q" in self.names:
+            parts.append(self._times("q", z))
+        if "l" in self.names:
+            parts.append(self._times("l", self._times("r", z)))
+        y = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        y = y if self.output_signs is None else rotate(y, self.output_signs, inverse=True)
+        bias = getattr(self, "bias", None)
+        return y if bias is None else y + bias
+
+    def _times(self, name: str, z: Tensor) -> Tensor:
+        """z X^T for a part X with its scales."""
+        row, col = (getattr(self, f"{name}_{scale}", None) for scale in SCALES)
+        z = z if col is None else z * col
+        y = nn.functional.linear(z, getattr(self, name))
+        return y if row is None else y * row

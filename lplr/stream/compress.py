@@ -333,7 +333,7 @@ class _Run:
             def say(epoch: int, loss: float) -> None:
                 meter.say(f"block {index + 1}: tuned {epoch} of {epochs} passes, held-out error {loss:.3g}")
 
-            where = Block(self.checkpoint, index, block, {name: p.transposed for name, p in chosen.items()}, self.device)
+            where = Block(self.checkpoint, index, block, self.device)
             generator = seeded(self.recipe.seed, f"recovery {index}")
             return reconstruct(where, made, inputs, original.inputs, kwargs, self.recipe.recovery, generator, say)
 

@@ -27,7 +27,7 @@ from lplr.files import remove
 from lplr.hf.skeleton import run_head
 from lplr.nn import is_conv1d
 from lplr.recipe import Recipe
-from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, descend, taught
+from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, applied, descend, taught
 from lplr.stream.calibrate import Activations, advance, embed, loaded, outside
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.device import autocast
@@ -64,11 +64,11 @@ class Student:
         formats = {name: Format.from_dict(entry) for name, entry in records.formats(rows).items()}
         count = len(ck.stack)
         made = [_tunable(ck, i, folder / shard_name(i, count + 1), formats, device, codes=codes) for i in range(count)]
-        called = [Called(block, more) for block, more in zip(ck.stack, kwargs, strict=True)]
+        called = [Called(applied(b, m.latents), more) for b, m, more in zip(ck.stack, made, kwargs, strict=True)]
         others = set(ck.other_tensors())
         vectors = {n: p for n, p in ck.model.named_parameters(remove_duplicate=False) if n in others and p.dim() == 1}
         rest = {name: nn.Parameter(p.detach().clone().float()) for name, p in vectors.items()}
-        return cls(ck, made, called, Tunable({}, rest=rest, dtypes={name: ck.stored_dtype(name) for name in rest}), device)
+        return cls(ck, made, called, Tunable({}, rest, {name: ck.stored_dtype(name) for name in rest}), device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, differentiable; those of block i under i and a point."""
@@ -120,13 +120,11 @@ def _tunable(
 ) -> Tunable:
     prefix = f"{ck.prefix}.{index}."
     held = {name: entry.read().to(device) for name, entry in read_entries(shard).items()}
-    latents, transposed = {}, set()
+    latents = {}
     for name, fmt in formats.items():
         if name.startswith(prefix):
             packed = {part: held.pop(f"{name}.{part}") for part in fmt.layout()}
-            own = f"{name.removeprefix(prefix)}.weight"
-            latents[own] = Latent(Factorization.from_tensors(fmt, packed), fixed=not codes)
-            transposed |= {own} if is_conv1d(ck.model.get_submodule(name)) else set()
+            latents[name.removeprefix(prefix)] = Latent(Factorization.from_tensors(fmt, packed), fixed=not codes)
     rest, fixed = {}, {}
     for name, tensor in held.items():
         own = name.removeprefix(prefix)
@@ -134,7 +132,7 @@ def _tunable(
             rest[own] = nn.Parameter(tensor.float())
         else:
             fixed[own] = tensor.float() if tensor.is_floating_point() else tensor
-    return Tunable(latents, frozenset(transposed), rest, {name: held[prefix + name].dtype for name in rest}, fixed)
+    return Tunable(latents, rest, {name: held[prefix + name].dtype for name in rest}, fixed)
 
 
 def distill(
@@ -242,7 +240,7 @@ def _commit(student: Student, line: dict[str, Any], rounded: Path, ledger: Ledge
         tensors |= {prefix + name: ck.stored(prefix + name) for name in block.fixed}
         lines = []
         for row in rows[i]:
-            latent = block.latents.get(f"{row.name.removeprefix(prefix)}.weight")
+            latent = block.latents.get(row.name.removeprefix(prefix))
             f = None if latent is None else latent.factorization()
             if f is not None:
                 tensors |= {f"{row.name}.{part}": t for part, t in f.tensors().items()}

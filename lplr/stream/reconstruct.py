@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lplr.factor import Factorization
 from lplr.hf.skeleton import run_block
 from lplr.recipe import Recovery
-from lplr.recover import Course, Latent, Tunable, descend, relative_error
+from lplr.recover import Course, Latent, Tunable, applied, descend, relative_error
 from lplr.stream.calibrate import Activations
 from lplr.stream.checkpoint import Checkpoint
 
@@ -37,12 +37,11 @@ class Reconstructed:
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a checkpoint in memory, and which of its compressed matrices, by name, the module holds as (d, n)."""
+    """A block of a checkpoint in memory."""
 
     checkpoint: Checkpoint
     index: int
     module: nn.Module
-    transposed: Mapping[str, bool]
     device: torch.device
 
     @property
@@ -86,12 +85,12 @@ def reconstruct(
 
     The batches of `split` choose the iterate.  say(passes done, held-out error).
     """
-    within = {name: f"{name.removeprefix(block.prefix)}.weight" for name in matrices}
+    within = {name: name.removeprefix(block.prefix) for name in matrices}
     latents = {within[name]: Latent(f, fixed=not recovery.lr) for name, f in matrices.items()}
     vectors = block.vectors()
     dtypes = {name: block.checkpoint.stored_dtype(block.prefix + name) for name in vectors}
-    chosen = Tunable(latents, frozenset(within[name] for name in matrices if block.transposed[name]), vectors, dtypes)
-    called = Called(block.module, kwargs)
+    chosen = Tunable(latents, vectors, dtypes)
+    called = Called(applied(block.module, latents), kwargs)
 
     def loss(tensors: Mapping[str, Tensor], rows: slice) -> Tensor:
         found = called.with_tensors(tensors, inputs.get(rows).to(block.device))
