@@ -41,11 +41,11 @@ class Tunable:
         out |= self.fixed
         return out | {name: p + (p.detach().to(self.dtypes[name]).float() - p).detach() for name, p in self.rest.items()}
 
-    def groups(self, lr: float, scale_lr: float) -> list[Group]:
-        """The parameters with the step sizes of the latents, and of everything else."""
+    def groups(self, lr: float, scale_lr: float, *, every: int = 1) -> list[Group]:
+        """The parameters with the step sizes of the latents, which move once in `every` steps, and of everything else."""
         codes = [p for latent in self.latents.values() for p in latent.codes()]
         scales = [p for latent in self.latents.values() for p in latent.scales()]
-        return [Group(codes, lr), Group([*scales, *self.rest.values()], scale_lr)]
+        return [Group(codes, lr, every), Group([*scales, *self.rest.values()], scale_lr)]
 
     def stored(self) -> dict[str, Tensor]:
         """Name -> tensor of the rest, in the type that it is stored in."""

@@ -20,10 +20,14 @@ Loss = Callable[[Mapping[str, Tensor], slice], Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters with one step size, which AdamW takes as the largest change of an entry in a step, about."""
+    """Parameters with one step size, which AdamW takes as the largest change of an entry in a step, about.
+
+    They move once in `every` steps, by the gradients of all of these, and in the last step of an epoch.
+    """
 
     parameters: Sequence[nn.Parameter]
     lr: float
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,29 +88,29 @@ def descend(
     kept = [p.detach().clone() for p in parameters] if resume is None else [t.clone() for t in resume.best]
     each = -(-len(train) // at_once)
     if parameters and epochs and math.isfinite(losses[0]):
-        optimizer = torch.optim.AdamW([{"params": list(g.parameters), "lr": g.lr} for g in groups], betas=BETAS, weight_decay=0.0)
+        optimizers = [torch.optim.AdamW(list(g.parameters), lr=g.lr, betas=BETAS, weight_decay=0.0) for g in groups]
         if resume is not None:
-            _restore(resume, parameters, optimizer, generator, each)
+            _restore(resume, groups, optimizers, generator, each)
         for epoch in range(len(losses) - 1, epochs):
             if not math.isfinite(losses[-1]):
                 break
             order = torch.randperm(len(train), generator=generator).tolist()
             for i in range(each):
                 share = step_size(each * epoch + i, each * epochs)
-                for chosen, group in zip(optimizer.param_groups, groups, strict=True):
-                    chosen["lr"] = share * group.lr
-                optimizer.zero_grad(set_to_none=True)
                 _gradients(make, loss, [train[k] for k in order[i * at_once : (i + 1) * at_once]])
-                optimizer.step()
+                for optimizer, group in zip(optimizers, groups, strict=True):
+                    if (i + 1) % group.every == 0 or i + 1 == each:
+                        optimizer.param_groups[0]["lr"] = share * group.lr
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
             found = mean(make, loss, held_out)
             if found < min(losses):
                 kept = [p.detach().clone() for p in parameters]
             losses.append(found)
             say(epoch + 1, found)
             if keep is not None and math.isfinite(found):
-                keep(
-                    State([p.detach() for p in parameters], kept, _moments(parameters, optimizer), generator.get_state(), losses)
-                )
+                moments = [found for g, o in zip(groups, optimizers, strict=True) for found in _moments(g.parameters, o)]
+                keep(State([p.detach() for p in parameters], kept, moments, generator.get_state(), losses))
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
@@ -132,15 +136,19 @@ def _moments(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimize
 
 
 def _restore(
-    state: State, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator, each: int
+    state: State, groups: Sequence[Group], optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator, each: int
 ) -> None:
     """Everything as it was behind the last epoch of a state, `each` steps an epoch."""
-    taken = float(each * (len(state.losses) - 1))
+    epochs, at = len(state.losses) - 1, 0
     with torch.no_grad():
-        for p, value, (first, second) in zip(parameters, state.parameters, state.moments, strict=True):
-            p.copy_(value)
-            if first.shape == p.shape:
-                optimizer.state[p] = {"step": torch.tensor(taken), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
+        for group, optimizer in zip(groups, optimizers, strict=True):
+            taken = torch.tensor(float(epochs * -(-each // group.every)))
+            for p in group.parameters:
+                p.copy_(state.parameters[at])
+                first, second = state.moments[at]
+                if first.shape == p.shape:
+                    optimizer.state[p] = {"step": taken.clone(), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
+                at += 1
     generator.set_state(state.generator)
 
 

@@ -12,6 +12,7 @@ Hubara et al., NeurIPS 2016 (latent weights).
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,12 @@ class Latent(nn.Module):
         super().__init__()
         self.made, self.fixed = f, fixed
         self.points = nn.ParameterDict()
+        self._rounded: dict[str, tuple[int, QTensor, Tensor]] = {}  # version of a latent, and what it was rounded to
         self.gains = nn.ParameterDict()  # scale = stored * exp(gain)
         for name, part in self._parts():
             points = part.levels().contiguous()
+            if fixed and torch.equal(points.bfloat16().float(), points):
+                points = points.bfloat16()
             self.points[name] = nn.Parameter(points, requires_grad=not fixed)
             for scale in SCALES:
                 if (stored := getattr(part, scale)) is not None:
@@ -52,11 +56,14 @@ class Latent(nn.Module):
         return list(self.gains.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """What W is a product of, float32: the points of each part under its name, rounded, and its scales as they are stored."""
+        """What W is a product of: the points of each part under its name, rounded, and its scales as they are stored.
+
+        float32; points that nothing changes in bfloat16 where that has them all.
+        """
         out = {}
         for name, part in self._parts():
             x = self.points[name]
-            out[name] = x if self.fixed else x + (nearest_of(part, x.detach())[1] - x).detach()
+            out[name] = x if self.fixed else _Straight.apply(x, self._round(name, part)[1])
             for scale in SCALES:
                 if (stored := getattr(part, scale)) is not None:
                     out[f"{name}_{scale}"] = self._scale(f"{name}_{scale}", stored)
@@ -66,7 +73,7 @@ class Latent(nn.Module):
         """W in float32."""
         tensors, dense = self.tensors(), {}
         for name, _ in self._parts():
-            value = tensors[name]
+            value = tensors[name].float()
             for scale, dim in (("row_scale", 1), ("col_scale", 0)):
                 if (factor := tensors.get(f"{name}_{scale}")) is not None:
                     value = value * factor.unsqueeze(dim)
@@ -83,10 +90,18 @@ class Latent(nn.Module):
         """The packed value of W as it is now."""
         parts: dict[str, QTensor] = {}
         for name, part in self._parts():
-            made = part if self.fixed else nearest_of(part, self.points[name])[0]
+            made = part if self.fixed else self._round(name, part)[0]
             scales = {s: getattr(part, s) for s in SCALES if getattr(part, s) is not None}
             parts[name] = replace(made, **{s: round_scale(self._raw(f"{name}_{s}", old)) for s, old in scales.items()})
         return replace(self.made, **parts)
+
+    def _round(self, name: str, part: QTensor) -> tuple[QTensor, Tensor]:
+        """The points nearest to a latent, packed and as numbers; found anew when it has moved."""
+        x = self.points[name]
+        known = self._rounded.get(name)
+        if known is None or known[0] != x._version:
+            known = self._rounded[name] = (x._version, *nearest_of(part, x.detach()))
+        return known[1], known[2]
 
     def _parts(self) -> list[tuple[str, QTensor]]:
         return [(name, part) for name in PARTS if (part := getattr(self.made, name)) is not None]
@@ -97,6 +112,18 @@ class Latent(nn.Module):
     def _scale(self, name: str, stored: Tensor) -> Tensor:
         raw = self._raw(name, stored)
         return raw + (round_scale(raw.detach()).float() - raw).detach()
+
+
+class _Straight(torch.autograd.Function):
+    """(x, value) -> value, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 class Applied(nn.Module):
@@ -134,5 +161,6 @@ class Applied(nn.Module):
         """z X^T for a part X with its scales."""
         row, col = (getattr(self, f"{name}_{scale}", None) for scale in SCALES)
         z = z if col is None else z * col
-        y = nn.functional.linear(z, getattr(self, name))
+        points = getattr(self, name)
+        y = nn.functional.linear(z, points if torch.is_autocast_enabled(z.device.type) else points.to(z.dtype))
         return y if row is None else y * row

@@ -70,9 +70,12 @@ class Activations:
     Raises OutputError when the disk is full.
     """
 
-    def __init__(self, rows: int, seqlen: int, d: int, folder: Path | None = None, *, share: int = 1) -> None:
-        """In `folder` when more than 1 / share of ACTIVATION_LIMIT."""
+    def __init__(
+        self, rows: int, seqlen: int, d: int, folder: Path | None = None, *, share: int = 1, at_once: int = TOKENS_AT_ONCE
+    ) -> None:
+        """In `folder` when more than 1 / share of ACTIVATION_LIMIT; `at_once` tokens in a batch, one row at least."""
         self.shape = (rows, seqlen, d)
+        self._at_once = at_once
         self._row_bytes = 4 * seqlen * d
         self._folder = folder or Path(tempfile.gettempdir())
         self._memory: Tensor | None = None
@@ -118,14 +121,14 @@ class Activations:
 
     def copy(self, folder: Path | None = None) -> Activations:
         """The same states once more."""
-        other = Activations(*self.shape, folder)
+        other = Activations(*self.shape, folder, at_once=self._at_once)
         for rows in self.batches():
             other.set(rows, self.get(rows))
         return other
 
     def batches(self) -> Iterator[slice]:
         """Slices of equal size that cover all rows: the masks and positions of one batch then serve every other."""
-        size = batch_rows(*self.shape[:2])
+        size = batch_rows(*self.shape[:2], self._at_once)
         return (slice(i, i + size) for i in range(0, self.shape[0], size))
 
     def close(self) -> None:
@@ -134,9 +137,9 @@ class Activations:
             self._file.close()
 
 
-def batch_rows(rows: int, seqlen: int) -> int:
-    """The largest divisor of `rows` that keeps a batch within TOKENS_AT_ONCE tokens."""
-    most = max(1, TOKENS_AT_ONCE // seqlen)
+def batch_rows(rows: int, seqlen: int, at_once: int = TOKENS_AT_ONCE) -> int:
+    """The largest divisor of `rows` that keeps a batch within `at_once` tokens, 1 at least."""
+    most = max(1, at_once // seqlen)
     return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
 
 
@@ -182,18 +185,19 @@ def advance(block: nn.Module, activations: Activations, kwargs: Mapping[str, Any
 
 
 def embed(
-    checkpoint: Checkpoint, tokens: Tensor, folder: Path, device: torch.device
+    checkpoint: Checkpoint, tokens: Tensor, folder: Path, device: torch.device, *, at_once: int = TOKENS_AT_ONCE
 ) -> tuple[Activations, list[dict[str, Any]]]:
     """The inputs of the first block for all rows of `tokens`, and the other arguments of every block.
 
-    What stands before the blocks is materialised for it and sent back to meta; a file of activations lies in `folder`.
+    What stands before the blocks is materialised for it and sent back to meta; a file of activations lies in `folder`.  Batches
+    are of `at_once` tokens.
     """
     ck = checkpoint
     rows, seqlen = tokens.shape
-    size = batch_rows(rows, seqlen)
+    size = batch_rows(rows, seqlen, at_once)
     with outside(ck, device):
         hidden, kwargs = capture_block_inputs(ck.model, tokens[:size].to(device))
-        activations = Activations(rows, seqlen, hidden.shape[-1], folder)
+        activations = Activations(rows, seqlen, hidden.shape[-1], folder, at_once=at_once)
         try:
             activations.set(slice(0, size), hidden)
             for start in range(size, rows, size):

@@ -3,16 +3,16 @@
     minimise  E_t KL(p_t || q_t)     over latents, scales, norms and biases of all blocks, and the vectors outside of them
 
 p the original's next-token distributions on the calibration text, as `recover.distill` keeps them: it runs once.  Unlike in every
-other stage the whole model is in memory: its weights, their latents, the best ones, a gradient and AdamW's two moments of each,
-24 bytes a weight.  After each pass over the text they are written down, and a killed run goes on behind the last one.
-What is tuned begins as the finished folder of the stages before; every matrix is certified again.
+other stage the whole model is in memory: its weights, their latents, what these are rounded to, the best ones, a gradient and
+AdamW's two moments of each, 28 bytes a weight.  After each pass over the text they are written down, and a killed run goes on
+behind the last one.  What is tuned begins as the finished folder of the stages before; every matrix is certified again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from lplr.stream.source import read_entries
 
 STATE = ".distill.safetensors"
 LIKELIEST = 64  # next tokens that are kept of each distribution
-TOKENS_A_STEP = 8192
+TOKENS_A_STEP = 512  # of scales and norms, one row at least: many small steps get further than few large ones
+ROUNDED_AFTER = 8192  # tokens between two steps of the latents: rounding a whole model again costs as much as thousands of tokens
 KEPT = 4 << 30  # bytes that one batch's pass forward may keep for the pass back; above it blocks are run twice
 WIDTHS = 40  # numbers that a block keeps of a token, in units of the hidden width: about
 OUTSIDE = "outside."
@@ -82,10 +83,10 @@ class Student:
         blocks = [f"{self.checkpoint.prefix}.{i}.{name}" for i, block in enumerate(self.blocks) for name in block.rest]
         return sorted([*self.outside.rest, *blocks])
 
-    def groups(self, lr: float, scale_lr: float) -> list[Group]:
-        """All parameters, a group for the latents and one for the rest."""
-        found = [part.groups(lr, scale_lr) for part in (*self.blocks, self.outside)]
-        return [Group([p for group in kind for p in group.parameters], kind[0].lr) for kind in zip(*found, strict=True)]
+    def groups(self, lr: float, scale_lr: float, every: int) -> list[Group]:
+        """All parameters, a group for the latents, which move once in `every` steps, and one for the rest."""
+        found = [part.groups(lr, scale_lr, every=every) for part in (*self.blocks, self.outside)]
+        return [replace(kind[0], parameters=[p for group in kind for p in group.parameters]) for kind in zip(*found, strict=True)]
 
     def hidden(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs of the last block (b, t, d) for the inputs of the first one."""
@@ -145,11 +146,11 @@ def distill(
     folder, recovery = ledger.folder, recipe.recovery
     codes = recovery.lr > 0
     say(0.0, "distillation: the original's predictions")
-    states, kwargs = embed(ck, tokens, folder, device)
+    states, kwargs = embed(ck, tokens, folder, device, at_once=TOKENS_A_STEP)
     inputs = states.copy(folder)
     try:
         for i, more in enumerate(kwargs):
-            with loaded(ck, i, device) as block:
+            with loaded(ck, i, device) as block, autocast(device):
                 advance(block, states, more, device)
         with outside(ck, device, head=True):
             told = _told(ck, states, device)
@@ -165,7 +166,7 @@ def distill(
 def _told(ck: Checkpoint, states: Activations, device: torch.device) -> Likeliest:
     """The original's distributions behind its last block's outputs, a row at a time; not on the device."""
     head = _Head(ck.model)
-    with torch.no_grad():
+    with torch.no_grad(), autocast(device):
         rows = (states.get(slice(i, i + 1))[0].to(device) for i in range(states.shape[0]))
         found = [Likeliest.of(head(x), LIKELIEST).to("cpu") for x in rows]
     return Likeliest(torch.stack([f.log_p for f in found]), torch.stack([f.index for f in found]))
@@ -185,16 +186,15 @@ def _descended(student: Student, inputs: Activations, told: Likeliest, recipe: R
         )
 
     train, held = split(inputs)
-    at_once = max(1, TOKENS_A_STEP // ((train[0].stop - train[0].start) * inputs.shape[1]))
+    tokens = (train[0].stop - train[0].start) * inputs.shape[1]
     return descend(
-        student.groups(recovery.lr, recovery.scale_lr),
+        student.groups(recovery.lr, recovery.scale_lr, max(1, ROUNDED_AFTER // tokens)),
         student.tensors,
         loss,
         train,
         held,
         epochs=recovery.distill_epochs,
         generator=seeded(recipe.seed, "distillation"),
-        at_once=at_once,
         say=told_of,
         keep=lambda state: _write(folder / STATE, state),
         resume=_read(folder / STATE),

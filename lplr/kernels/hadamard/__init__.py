@@ -44,9 +44,20 @@ def rotate(x: Tensor, signs: Tensor, *, inverse: bool = False) -> Tensor:
     first, second = signs.to(x.device, x.dtype)
     if p == d:
         return hadamard(x) * first if inverse else hadamard(x * first)
+    # split, not slices: what comes back of its parts is put together once, not added to zeros
     if inverse:
-        x = torch.cat([x[..., : d - p], hadamard(x[..., d - p :])], -1) * second
-        return torch.cat([hadamard(x[..., :p]), x[..., p:]], -1) * first
-    x = x * first
-    x = torch.cat([hadamard(x[..., :p]), x[..., p:]], -1) * second
-    return torch.cat([x[..., : d - p], hadamard(x[..., d - p :])], -1)
+        x = _last(x, p) * second
+        return _first(x, p) * first
+    return _last(_first(x * first, p) * second, p)
+
+
+def _first(x: Tensor, p: int) -> Tensor:
+    """The first p entries transformed."""
+    head, tail = x.split([p, x.shape[-1] - p], -1)
+    return torch.cat([hadamard(head), tail], -1)
+
+
+def _last(x: Tensor, p: int) -> Tensor:
+    """The last p entries transformed."""
+    head, tail = x.split([x.shape[-1] - p, p], -1)
+    return torch.cat([head, hadamard(tail)], -1)
