@@ -22,7 +22,7 @@ from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
 from lplr.stream.device import usable_device
-from lplr.stream.distill import KEPT, TOKENS_A_STEP, WIDTHS
+from lplr.stream.distill import KEPT, ROUNDED_AFTER, TOKENS_A_STEP, WIDTHS
 from lplr.stream.shards import shard_header, shard_name
 
 LIBRARIES = 600 << 20  # resident size of Python, torch and transformers before any weight is read
@@ -136,8 +136,8 @@ def _recovery_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Reci
 
 
 def _steps(recipe: Recipe) -> list[tuple[int, int]]:
-    """(passes, tokens a step) of the tuning of blocks, and of the whole model."""
-    return [(recipe.recovery.epochs, TOKENS_AT_ONCE), (recipe.recovery.distill_epochs, TOKENS_A_STEP)]
+    """(passes, tokens after which latents move) of the tuning of blocks, and of the whole model."""
+    return [(recipe.recovery.epochs, TOKENS_AT_ONCE), (recipe.recovery.distill_epochs, max(ROUNDED_AFTER, recipe.seqlen))]
 
 
 def _allocation_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> float:
@@ -208,9 +208,9 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
         measuring, files = _sensitivity_memory(checkpoint, recipe, moments + max(block + 2 * passing, matrix))
         most, on_disk = max(most, measuring), max(on_disk, files)
     if recipe.recovery.distill_epochs:
-        weights = sum(prod(p.shape) for p in plans)
-        passed = min(KEPT, 4 * WIDTHS * TOKENS_AT_ONCE * hidden * len(checkpoint.stack))
-        most = max(most, 24 * weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE)
+        weights = (28 if recipe.recovery.lr else 2) * sum(prod(p.shape) for p in plans)
+        passed = min(KEPT, 4 * WIDTHS * max(TOKENS_A_STEP, recipe.seqlen) * hidden * len(checkpoint.stack))
+        most = max(most, weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE)
     return LIBRARIES + most, on_disk
 
 

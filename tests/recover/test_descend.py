@@ -42,6 +42,31 @@ def test_it_finds_a_least_squares_solution():
     assert float(loss({"p": 2 * p.detach()}, ROWS[-1])) == pytest.approx(course.after, rel=1e-6)
 
 
+def test_a_group_that_moves_once_in_some_steps_takes_the_gradients_of_all_of_them():
+    """Beside AdamW by hand: a step behind every third slice by the sum of their gradients, and one at the end of an epoch."""
+    p, loss = problem()
+    other = nn.Parameter(torch.zeros(5))
+    seen: list[torch.Tensor] = []
+
+    def make():
+        seen.append(p.detach().clone())
+        return {"p": 2 * p + 0 * other}
+
+    descend([Group([other], 0.1), Group([p], 0.1, 3)], make, loss, ROWS, ROWS[-1:], epochs=1, generator=gen())
+    moved = [not torch.equal(a, b) for a, b in zip(seen[1:-1], seen[2:], strict=True)]  # the first made is for what is held out
+    assert moved == [False, False, True, False, False, True, False, True]
+    order = torch.randperm(len(ROWS), generator=gen()).tolist()
+    q = nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.AdamW([q], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    for i, k in enumerate(order):
+        loss({"p": 2 * q}, ROWS[k]).backward()
+        if i % 3 == 2 or i == len(order) - 1:
+            optimizer.param_groups[0]["lr"] = 0.1 * step_size(i, len(order))
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(seen[-1], q.detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_a_step_size_that_destroys_leaves_the_start():
     p, loss = problem(noise=0.3)
     with torch.no_grad():

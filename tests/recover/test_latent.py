@@ -8,6 +8,8 @@ import torch
 from lplr.factor import factorize
 from lplr.recipe import FactorSpec, QuantSpec
 from lplr.recover import Latent
+from lplr.recover import latent as latent_module
+from lplr.recover.latent import Applied
 
 SPECS = {
     "ldlq trellis": FactorSpec(method="ldlq", bits_per_weight=1.2),
@@ -88,6 +90,40 @@ def test_fixed_codes_have_scales_alone():
     # bfloat16 scales have eight bits
     ratio = float(made.q.row_scale.float()[0] / f.q.row_scale.float()[0])
     assert ratio == pytest.approx(2.718281828**0.1, rel=2**-8)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_applied_is_the_product_with_the_matrix(name, bias, fixed):
+    """y, and the gradients of x, latents and scales, are those of x W^T + b with W formed; float32 sums in another order."""
+    latent = Latent(factorization(name), fixed=fixed)
+    n, d = latent.made.shape
+    generator = torch.Generator().manual_seed(5)
+    x, b, dy = (torch.randn(*shape, generator=generator) for shape in ((2, 3, d), (n,), (2, 3, n)))
+    x.requires_grad_()
+    tensors = latent.tensors() | ({"bias": b} if bias else {})
+    y = torch.func.functional_call(Applied(latent, bias=bias), tensors, (x,))
+    leaves = [x, *latent.codes(), *latent.scales()]
+    found = torch.autograd.grad(y, leaves, dy)
+    want = x @ latent().T + (b if bias else 0)
+    wanted = torch.autograd.grad(want, leaves, dy)
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    for a, c in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-3 * float(c.abs().max()))
+
+
+def test_rounding_is_done_again_when_a_latent_has_moved_and_only_then(monkeypatch):
+    calls = []
+    original = latent_module.nearest_of
+    monkeypatch.setattr(latent_module, "nearest_of", lambda *args: calls.append(1) or original(*args))
+    latent = Latent(factorization("ldlq trellis"))
+    latent(), latent.factorization(), latent()
+    assert len(calls) == 1
+    with torch.no_grad():
+        latent.codes()[0].add_(torch.randn(latent.codes()[0].shape, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(latent().detach(), latent.factorization().dequantize(), rtol=1e-5, atol=1e-4)
+    assert len(calls) == 2
 
 
 def test_a_zero_matrix_stays_zero():
