@@ -65,6 +65,19 @@ def test_the_products():
                 assert any(shows(figure, ms) for ms in times), (label, shape, figure)
 
 
+def test_the_products_of_a_gpu():
+    found = results("kernels_gpu.json")["lines"]
+    (_, _, *formats), *shown = table("Speed", 1)
+    assert len(shown) >= 5
+    for label, cublas, *cells in shown:
+        shape, _, tokens = label.partition(", ")
+        lines = [line for line in found if f"{line['n']} x {line['d']}" == shape and line["tokens"] == int(tokens)]
+        assert all(shows(cublas, line["cublas_us"]) for line in lines), label
+        for name, cell in zip(formats, cells, strict=True):
+            us = [line["us"] for line in lines if f"{line['grid']} {line['bits']:g} bit" == name]
+            assert not cell or shows(cell, *us), (label, name)
+
+
 def test_the_heads():
     sets = results("convex_heads.json")["sets"]
     measures = ("accuracy", "nll", "seconds")

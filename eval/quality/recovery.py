@@ -2,7 +2,7 @@
 
     python eval/quality/recovery.py --model FOLDER --wikitext wiki.test.raw --calibration c4_en_600.jsonl
         [--bits 1 2] [--only none absorbed blocks distilled] [--nsamples 128] [--epochs 1] [--distill-epochs 2]
-        [--lr 0.02] [--scale-lr 0.001] [--scratch DIR]
+        [--lr 0] [--scale-lr 0.003] [--scratch DIR]
 
 FOLDER holds the dense model.  Every row is `lplr compress` of its own, from the start, with the settings that it names and every
 other one at its default:
@@ -70,8 +70,8 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--distill-epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=0.02)
-    parser.add_argument("--scale-lr", type=float, default=0.001)
+    parser.add_argument("--lr", type=float, default=0.0)
+    parser.add_argument("--scale-lr", type=float, default=0.003)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--scratch", type=Path)
