@@ -129,9 +129,10 @@ def _recovery_flops(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Reci
     encoder = sum(prod(p.shape) * ENCODER.get(p.format.q_grid, 2.0) for p in plans if p.format and recovery.lr)
     head = float(_vocabulary(checkpoint) * _hidden(checkpoint))
     steps = [epochs * (-(-tokens // at_once) + 1) for epochs, at_once in _steps(recipe)]
-    total = sum(steps) * encoder + recovery.epochs * tokens * 6.0 * inner
+    passed = 6.0 if recovery.lr else 4.0  # forward and back for a weight and token, without its own gradient where it is fixed
+    total = sum(steps) * encoder + recovery.epochs * tokens * passed * inner
     if recovery.distill_epochs:  # the head forward twice; the original once
-        total += recovery.distill_epochs * tokens * (6.0 * inner + 8.0 * head) + tokens * 2.0 * (inner + head)
+        total += recovery.distill_epochs * tokens * (passed * inner + 8.0 * head) + tokens * 2.0 * (inner + head)
     return total
 
 
