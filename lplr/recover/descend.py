@@ -68,7 +68,6 @@ def descend(
     *,
     epochs: int,
     generator: torch.Generator,
-    at_once: int = 1,
     say: Callable[[int, float], None] = lambda *_: None,
     keep: Callable[[State], None] | None = None,
     resume: State | None = None,
@@ -76,17 +75,16 @@ def descend(
     """Minimise the mean of loss(make(), rows) over the slices `train`; afterwards the parameters are those, of the start and of
     every epoch's end, with the least mean over `held_out`.
 
-    make gives tensors as functions of the parameters; it is called once a step, the loss once a slice.  One step for `at_once`
-    slices, in an order drawn from `generator` anew in each epoch; the step size rises linearly and falls as a cosine.  say is
-    called with (epochs done, held-out loss), keep with what `resume` takes after each epoch.  A loss that is not finite ends the
-    descent.  Not for inference mode.
+    make gives tensors as functions of the parameters; it is called once a step.  One step for a slice, in an order drawn from
+    `generator` anew in each epoch; the step size rises linearly and falls as a cosine.  say is called with (epochs done, held-out
+    loss), keep with what `resume` takes after each epoch.  A loss that is not finite ends the descent.  Not for inference mode.
     """
     started = time.perf_counter()
     groups = [group for group in groups if group.parameters and group.lr]
     parameters = [p for group in groups for p in group.parameters]
     losses = [mean(make, loss, held_out)] if resume is None else list(resume.losses)
     kept = [p.detach().clone() for p in parameters] if resume is None else [t.clone() for t in resume.best]
-    each = -(-len(train) // at_once)
+    each = len(train)
     if parameters and epochs and math.isfinite(losses[0]):
         optimizers = [torch.optim.AdamW(list(g.parameters), lr=g.lr, betas=BETAS, weight_decay=0.0) for g in groups]
         if resume is not None:
@@ -97,7 +95,8 @@ def descend(
             order = torch.randperm(len(train), generator=generator).tolist()
             for i in range(each):
                 share = step_size(each * epoch + i, each * epochs)
-                _gradients(make, loss, [train[k] for k in order[i * at_once : (i + 1) * at_once]])
+                with torch.enable_grad():
+                    loss(make(), train[order[i]]).backward()
                 for optimizer, group in zip(optimizers, groups, strict=True):
                     if (i + 1) % group.every == 0 or i + 1 == each:
                         optimizer.param_groups[0]["lr"] = share * group.lr
@@ -116,17 +115,6 @@ def descend(
             p.copy_(value)
     best = min(losses) if math.isfinite(losses[0]) else losses[0]
     return Course(losses[0], tuple(losses[1:]), best, each * (len(losses) - 1), time.perf_counter() - started)
-
-
-def _gradients(make: Make, loss: Loss, slices: Sequence[slice]) -> None:
-    """Of the mean loss over slices; what `make` made is passed through once, after all of them."""
-    with torch.enable_grad():
-        made = make()
-        leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in made.items()}
-        for rows in slices:
-            (loss(leaves, rows) / len(slices)).backward()
-        found = [(t, leaves[name].grad) for name, t in made.items() if t.requires_grad and leaves[name].grad is not None]
-        torch.autograd.backward([t for t, _ in found], [gradient for _, gradient in found])
 
 
 def _moments(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:

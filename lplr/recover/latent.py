@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lplr.factor.factorization import Factorization, rotated
+from lplr.factor.factorization import Factorization
 from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.quant.nearest import nearest_of
 from lplr.quant.qtensor import QTensor, round_scale
@@ -27,7 +27,7 @@ SCALES = ("row_scale", "col_scale")
 
 
 class Latent(nn.Module):
-    """W (n x d) of a factorization, differentiable in `codes()` and `scales()`; `factorization()` is what it has become.
+    """W (n x d) of a factorization, by `tensors()` differentiable in `codes()` and `scales()`; `factorization()` packs it.
 
     With fixed=True codes stay as they are, and only scales are parameters.
     """
@@ -68,22 +68,6 @@ class Latent(nn.Module):
                 if (stored := getattr(part, scale)) is not None:
                     out[f"{name}_{scale}"] = self._scale(f"{name}_{scale}", stored)
         return out
-
-    def forward(self) -> Tensor:
-        """W in float32."""
-        tensors, dense = self.tensors(), {}
-        for name, _ in self._parts():
-            value = tensors[name].float()
-            for scale, dim in (("row_scale", 1), ("col_scale", 0)):
-                if (factor := tensors.get(f"{name}_{scale}")) is not None:
-                    value = value * factor.unsqueeze(dim)
-            dense[name] = value
-        out = dense.get("q")
-        if "l" in dense:
-            product = dense["l"] @ dense["r"]
-            out = product if out is None else out + product
-        assert out is not None
-        return rotated(out, self.made.rotation, self.made.output_rotation, inverse=True)
 
     @torch.no_grad()
     def factorization(self) -> Factorization:

@@ -116,26 +116,20 @@ def test_one_seed_one_course_and_nothing_without_epochs():
     assert course.steps == 0 and course.after == course.before and not p.any()
 
 
-def test_several_slices_a_step_are_one_larger_batch():
-    """Seven slices at once are the whole text: what one slice of all rows gives, to rounding."""
-    ends = []
-    for train, at_once in ((ROWS[:7], 7), ([slice(0, 56)], 1)):
-        p, loss = problem(0.3)
-        course = descend([Group([p], 0.1)], of(p), loss, train, ROWS[-1:], epochs=5, generator=gen(), at_once=at_once)
-        assert course.steps == 5
-        ends.append(p.detach())
-    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_descent_goes_on_behind_the_last_epoch(stop):
-    """Broken off and resumed: the same parameters and losses, to the bit."""
+    """Broken off and resumed: the same parameters and losses, to the bit; one group moves once in three steps."""
 
     class Killed(Exception):
         pass
 
     def course(p, loss, **more):
-        return descend([Group([p], 0.1)], of(p), loss, ROWS[:-1], ROWS[-1:], epochs=4, at_once=2, **more)
+        other = nn.Parameter(torch.zeros(5))
+
+        def make():
+            return {"p": 2 * p + other}
+
+        return descend([Group([p], 0.1, 3), Group([other], 0.03)], make, loss, ROWS[:-1], ROWS[-1:], epochs=4, **more)
 
     whole, loss = problem(0.3)
     wanted = course(whole, loss, generator=gen())
