@@ -1,10 +1,10 @@
 """The product with a packed matrix by Triton: which kernel, its sizes, and the launches.
 
 One token and the uniform grid is a matrix-vector product by `decode_uniform`.  More tokens go to the tensor cores a tile at a
-time, `tile_*`, 16 or 32 at a time; so does one token of a grid whose points are looked up: on an H100 that took a quarter of the
-time of a matrix-vector product (eval/kernels/gpu_bench.py; trellis, 4096 x 4096: 24 us against 102).  Sizes are those with which
-nothing spills on sm_80 and sm_90 (tests/kernels/test_ahead_of_time.py); the inputs are split over programs until there are
-PROGRAMS of them.
+time, `tile_*`, 16 or 32 at a time; so does one token of a grid whose points are looked up: matrix-vector products of such grids
+took longer on an H100 than four tokens by tiles (4096 x 4096, us: trellis 102 and 24, NormalFloat 237 and 23, lattice 47 and 22;
+but 58 and 74 for the lattice at 11008 x 4096; eval/kernels/gpu_bench.py).  Sizes are those with which nothing spills
+on sm_80 and sm_90 (tests/kernels/test_ahead_of_time.py); the inputs are split over programs until there are PROGRAMS of them.
 """
 
 from __future__ import annotations

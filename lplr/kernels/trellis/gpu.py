@@ -52,7 +52,7 @@ def search_rows(
             gap = tl.load(x + t * 2 + 1) - second
             cost += gap * gap * tl.load(weights + t * 2 + 1)
         best, oldest = tl.min(cost, 0, return_indices=True)
-    # not an argmin of all costs at once, which triton 3.6 gets wrong on an H100
+    # a form with an argmin of all costs here and a step as a function of its own chose other codes on an H100 (triton 3.6)
     tl.store(last + i, tl.min(tl.where(best == tl.min(best, 0), oldest * KEPT + rest, WAYS * KEPT), 0))
 
 
