@@ -24,7 +24,14 @@ T = TypeVar("T")
 
 
 class LplrError(Exception):
-    """Root of the tree; the command line prints it on one line and exits with status 2."""
+    """Root of the tree; the command line prints it on one line and exits with status 2.
+
+    Names in a message may come from a hostile file: what is not printable (line breaks, terminal codes) is shown escaped.
+    """
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if said.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
 
 
 class RecipeError(LplrError, ValueError):

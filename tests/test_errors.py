@@ -34,3 +34,13 @@ def test_choose_lists_the_alternatives_and_the_nearest():
 def test_choose_suggests_nothing_where_nothing_is_near():
     with pytest.raises(errors.RecipeError, match="unknown sketch 'zzz': choose one of gaussian, srht$"):
         errors.choose({"gaussian": 1, "srht": 2}, "zzz", "sketch")
+
+
+@pytest.mark.parametrize("name", ["one.safet\nsors", "\r", "\x1b[2J", "\u2028", "\udcff", "a\tb"])
+def test_what_a_hostile_name_does_to_a_terminal_is_shown_and_not_done(name):
+    said = str(errors.CheckpointError(f"{name}: shard missing, größer, 模型: download it again"))
+    assert said.isprintable() and said.endswith(": shard missing, größer, 模型: download it again")
+
+
+def test_a_message_of_printable_characters_is_as_it_was_written():
+    assert str(errors.CheckpointError(r"C:\new 'x': damaged")) == r"C:\new 'x': damaged"
