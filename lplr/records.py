@@ -112,7 +112,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             break  # what follows the last newline: empty, or torn
         try:
             entry = json.loads(line)
-            entry["kind"]
+            if not isinstance(entry["kind"], str):
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise OutputError(f"{path}: line {number} is damaged: delete the folder and compress again") from None
         out.append(entry)

@@ -43,7 +43,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path):
         assert len(records.read(path)) == raw[:cut].count(b"\n")
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '"kind"', '{"x": 1}', "", "\0\0"])
+@pytest.mark.parametrize("line", ["{", "[]", "3", '"kind"', '{"x": 1}', '{"kind": ["run"]}', '{"kind": {}}', "", "\0\0"])
 def test_a_damaged_line_elsewhere_is_named(tmp_path: Path, line: str):
     path = tmp_path / "run.jsonl"
     path.write_text(json.dumps({"kind": "run"}) + "\n" + line + "\n" + json.dumps({"kind": "done"}) + "\n")
