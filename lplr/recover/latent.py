@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lplr.factor.factorization import Factorization
+from lplr.factor.factorization import Factorization, rotated
 from lplr.kernels.hadamard import rotate, rotation_signs
 from lplr.quant.nearest import nearest_of
 from lplr.quant.qtensor import QTensor, round_scale
@@ -29,20 +29,25 @@ SCALES = ("row_scale", "col_scale")
 class Latent(nn.Module):
     """W (n x d) of a factorization, by `tensors()` differentiable in `codes()` and `scales()`; `factorization()` packs it.
 
-    With fixed=True codes stay as they are, and only scales are parameters.
+    With `fixed`, a type, codes stay as they are, and only scales are parameters; where no scale hinders it the parts then stand,
+    in that type, in the bases of x and y, so that nothing has to be rotated.  rotations: of the bases in which the parts stand.
     """
 
-    def __init__(self, f: Factorization, *, fixed: bool = False) -> None:
+    def __init__(self, f: Factorization, *, fixed: torch.dtype | None = None) -> None:
         super().__init__()
-        self.made, self.fixed = f, fixed
+        self.made, self.fixed = f, fixed is not None
+        turned = self.fixed and any((f.rotation, f.output_rotation)) and _one_scale_along_rotations(f)
+        self.rotations = (0, 0) if turned else (f.rotation, f.output_rotation)
         self.points = nn.ParameterDict()
         self._rounded: dict[str, tuple[int, QTensor, Tensor]] = {}  # version of a latent, and what it was rounded to
         self.gains = nn.ParameterDict()  # scale = stored * exp(gain)
         for name, part in self._parts():
             points = part.levels().contiguous()
-            if fixed and torch.equal(points.bfloat16().float(), points):
+            if turned:
+                points = rotated(points, *_axes(f)[name], inverse=True).to(fixed)
+            elif self.fixed and torch.equal(points.bfloat16().float(), points):
                 points = points.bfloat16()
-            self.points[name] = nn.Parameter(points, requires_grad=not fixed)
+            self.points[name] = nn.Parameter(points, requires_grad=not self.fixed)
             for scale in SCALES:
                 if (stored := getattr(part, scale)) is not None:
                     self.gains[f"{name}_{scale}"] = nn.Parameter(torch.zeros(stored.shape, device=stored.device))
@@ -58,7 +63,7 @@ class Latent(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """What W is a product of: the points of each part under its name, rounded, and its scales as they are stored.
 
-        float32; points that nothing changes in bfloat16 where that has them all.
+        float32; points that nothing changes in the type that they are kept in.
         """
         out = {}
         for name, part in self._parts():
@@ -98,6 +103,22 @@ class Latent(nn.Module):
         return raw + (round_scale(raw.detach()).float() - raw).detach()
 
 
+def _axes(f: Factorization) -> dict[str, tuple[int, int]]:
+    """Part -> the rotations of its columns and of its rows, 0 for none."""
+    return {"q": (f.rotation, f.output_rotation), "l": (0, f.output_rotation), "r": (f.rotation, 0)}
+
+
+def _one_scale_along_rotations(f: Factorization) -> bool:
+    """Whether no axis that is rotated has scales of its own for each index: then scales and rotations commute."""
+    for name, (columns, rows) in _axes(f).items():
+        part = getattr(f, name)
+        for rotation, scale in ((columns, "col_scale"), (rows, "row_scale")):
+            stored = None if part is None else getattr(part, scale)
+            if rotation and stored is not None and stored.numel() > 1:
+                return False
+    return True
+
+
 class _Straight(torch.autograd.Function):
     """(x, value) -> value, with the gradient of x."""
 
@@ -120,10 +141,10 @@ class Applied(nn.Module):
 
     def __init__(self, latent: Latent, *, bias: bool = False) -> None:
         super().__init__()
-        made = latent.made
-        n, d = made.shape
-        self.signs = rotation_signs(made.rotation, d) if made.rotation else None
-        self.output_signs = rotation_signs(made.output_rotation, n) if made.output_rotation else None
+        n, d = latent.made.shape
+        rotation, output_rotation = latent.rotations
+        self.signs = rotation_signs(rotation, d) if rotation else None
+        self.output_signs = rotation_signs(output_rotation, n) if output_rotation else None
         shapes = {name: tensor.shape for name, tensor in latent.tensors().items()}
         self.names = tuple(shapes)
         for name, shape in ({**shapes, "bias": torch.Size((n,))} if bias else shapes).items():

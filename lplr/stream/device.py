@@ -27,10 +27,16 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products in bfloat16 where the device has instructions for them; elsewhere as they are."""
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The type of matrix products of models that are tuned: bfloat16 where the device has instructions for it, else float32."""
     if device.type == "cpu":
         faster = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
         faster = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16) if faster else nullcontext()
+    return torch.bfloat16 if faster else torch.float32
+
+
+def autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Matrix products in `product_dtype`."""
+    dtype = product_dtype(device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

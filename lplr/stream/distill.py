@@ -30,7 +30,7 @@ from lplr.recipe import Recipe
 from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, applied, descend, taught
 from lplr.stream.calibrate import Activations, advance, embed, loaded, outside
 from lplr.stream.checkpoint import Checkpoint
-from lplr.stream.device import autocast
+from lplr.stream.device import autocast, product_dtype
 from lplr.stream.ledger import Ledger
 from lplr.stream.matrix import seeded, tuned
 from lplr.stream.reconstruct import KIND, Called, split, tokens_of
@@ -125,7 +125,8 @@ def _tunable(
     for name, fmt in formats.items():
         if name.startswith(prefix):
             packed = {part: held.pop(f"{name}.{part}") for part in fmt.layout()}
-            latents[name.removeprefix(prefix)] = Latent(Factorization.from_tensors(fmt, packed), fixed=not codes)
+            f = Factorization.from_tensors(fmt, packed)
+            latents[name.removeprefix(prefix)] = Latent(f, fixed=None if codes else product_dtype(device))
     rest, fixed = {}, {}
     for name, tensor in held.items():
         own = name.removeprefix(prefix)

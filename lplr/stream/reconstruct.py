@@ -86,7 +86,7 @@ def reconstruct(
     The batches of `split` choose the iterate.  say(passes done, held-out error).
     """
     within = {name: name.removeprefix(block.prefix) for name in matrices}
-    latents = {within[name]: Latent(f, fixed=not recovery.lr) for name, f in matrices.items()}
+    latents = {within[name]: Latent(f, fixed=None if recovery.lr else torch.float32) for name, f in matrices.items()}
     vectors = block.vectors()
     dtypes = {name: block.checkpoint.stored_dtype(block.prefix + name) for name in vectors}
     chosen = Tunable(latents, vectors, dtypes)

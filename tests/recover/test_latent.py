@@ -38,7 +38,7 @@ def formed(latent: Latent) -> torch.Tensor:
             row, col = (tensors.get(f"{name}_{scale}", one) for scale in ("row_scale", "col_scale"))
             dense[name] = row[:, None] * tensors[name].float() * col
     out = dense.get("q", 0) + (dense["l"] @ dense["r"] if "l" in dense else 0)
-    return rotated(out, latent.made.rotation, latent.made.output_rotation, inverse=True)
+    return rotated(out, *latent.rotations, inverse=True)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -93,7 +93,7 @@ def test_factors_get_gradients_of_the_product():
 
 def test_fixed_codes_have_scales_alone():
     f = factorization("ldlq trellis")
-    latent = Latent(f, fixed=True)
+    latent = Latent(f, fixed=torch.float32)
     assert latent.codes() == [] and len(latent.scales()) == 1
     with torch.no_grad():
         latent.scales()[0] += 0.1
@@ -105,7 +105,7 @@ def test_fixed_codes_have_scales_alone():
     assert ratio == pytest.approx(2.718281828**0.1, rel=2**-8)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("fixed", [None, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", SPECS)
 def test_applied_is_the_product_with_the_matrix(name, bias, fixed):
