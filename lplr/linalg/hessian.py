@@ -35,6 +35,12 @@ class Hessian:
         for a in range(0, x.shape[1], BAND):
             self.upper[a : a + BAND, a:].addmm_(left[:, a : a + BAND].T, x[:, a:])
 
+    def merge(self, other: Hessian) -> None:
+        """Add the rows that another one has."""
+        self.upper += other.upper
+        self.rows += other.rows
+        self.weight += other.weight
+
     def mean(self) -> Tensor | None:
         """H (d x d), or None when nothing of any weight was added or the inputs were not finite."""
         if not self.weight > 0:

@@ -5,6 +5,7 @@ The hidden states of all calibration rows are kept between blocks, on disk when 
 
 from __future__ import annotations
 
+import copy
 import errno
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +25,11 @@ from lplr.hf.text import calibration_tokens, read_text
 from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.source import check_finite
+from lplr.stream.workers import Workers, spread
 
 ACTIVATION_LIMIT = 256 << 20
 TOKENS_AT_ONCE = 4096
+SHARE = 4  # batches of the calibration text that one job runs
 
 
 def calibration_windows(
@@ -131,6 +134,19 @@ class Activations:
         size = batch_rows(*self.shape[:2], self._at_once)
         return (slice(i, i + size) for i in range(0, self.shape[0], size))
 
+    def shares(self) -> list[slice]:
+        """Slices of SHARE batches, the last one of what is left: how the text is cut up, whoever runs it."""
+        found = list(self.batches())
+        return [slice(found[i].start, found[min(i + SHARE, len(found)) - 1].stop) for i in range(0, len(found), SHARE)]
+
+    def part(self, rows: slice) -> Activations:
+        """A copy, in memory, of some rows: whole batches, which are its batches too."""
+        made = copy.copy(self)
+        made._memory, made._file = self.get(rows), None
+        made._at_once = batch_rows(*self.shape[:2], self._at_once) * self.shape[1]
+        made.shape = tuple(made._memory.shape)
+        return made
+
     def close(self) -> None:
         """Give the file back."""
         if self._file is not None:
@@ -177,11 +193,20 @@ def stages(
     return found + ([rest] if rest else [])
 
 
-@torch.no_grad()
-def advance(block: nn.Module, activations: Activations, kwargs: Mapping[str, Any], device: torch.device) -> None:
+def advance(
+    block: nn.Module, activations: Activations, kwargs: Mapping[str, Any], device: torch.device, workers: Workers | None = None
+) -> None:
     """Replace the inputs of a block by its outputs."""
-    for rows in activations.batches():
-        activations.set(rows, run_block(block, activations.get(rows).to(device), kwargs))
+    shares = activations.shares()
+    found = spread(workers, _advanced, (block, kwargs, device), ((activations.part(rows),) for rows in shares))
+    for rows, states in zip(shares, found, strict=True):
+        activations.set(rows, states)
+
+
+@torch.no_grad()
+def _advanced(block: nn.Module, kwargs: Mapping[str, Any], device: torch.device, part: Activations) -> Tensor:
+    """The outputs of a block for some rows."""
+    return torch.cat([run_block(block, part.get(rows).to(device), kwargs) for rows in part.batches()])
 
 
 def embed(

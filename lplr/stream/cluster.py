@@ -1,9 +1,10 @@
 """Matrices as tasks of a Ray cluster, `--engine ray`: the bytes of one process, the time of many machines.
 
-The driver reads the checkpoint, runs the calibration text, and writes shards and run.jsonl in order, so that the machines need
-no common disk.  Each matrix is two tasks, one that factorizes it and one that measures and bounds the error, which Ray runs where
-the first one left the weights.  What is lost with a worker or a machine, a task at work or a result that nobody has fetched,
-Ray makes again elsewhere, from what the driver holds.  A finished block stands in run.jsonl and is not made again.
+The driver reads the checkpoint and writes shards and run.jsonl in order, so that the machines need no common disk.  A pass of the
+calibration text through a block is tasks of some rows each, which bring back second moments and outputs.  Each matrix is two
+tasks, one that factorizes it and one that measures and bounds the error, which Ray runs where the first one left the weights.
+What is lost with a worker or a machine, a task at work or a result that nobody has fetched, Ray makes again elsewhere, from what
+the driver holds.  A finished block stands in run.jsonl and is not made again.
 
 Every task computes with as many threads as the driver, since sums are cut up among them; OMP_NUM_THREADS=1 makes the most of many
 processors.  A machine whose torch, lplr or vector instructions are not the driver's might give other bytes, and refuses.
@@ -51,6 +52,8 @@ def _usable_ray(device: torch.device) -> Any:
 class Cluster:
     """`stream.workers.Workers` that are processes of a Ray cluster: the one at RAY_ADDRESS, one that runs here, or a new one."""
 
+    apart = True
+
     def __init__(self, device: torch.device) -> None:
         self._ray = ray = _usable_ray(device)
         self.device = device
@@ -82,6 +85,10 @@ class Cluster:
         ref = self._task.remote(_machine(), self._threads, work, *args)
         self._open.add(ref)
         return _later(lambda: self._fetch(ref, getattr(work, "__name__", "work")))
+
+    def handed(self, given: T) -> T:
+        """See Workers: its place in the object store."""
+        return self._ray.put(given)
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers; BackendError when no machine has the memory for it."""

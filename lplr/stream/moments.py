@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lplr.hf.skeleton import run_block
 from lplr.linalg.hessian import Hessian, cholesky_factor, damped, shrunk
 from lplr.stream.calibrate import Activations
+from lplr.stream.workers import Workers, spread
 
 UNREACHED = "no calibration token reached it: compressed without data"
 
@@ -44,6 +45,11 @@ class Drift:
         x = x.reshape(-1, x.shape[-1]).float()
         self.total.addmm_((original.reshape(x.shape).float() - x).T, x)
         self.rows += len(x)
+
+    def merge(self, other: Drift) -> None:
+        """Add the rows that another one has."""
+        self.total += other.total
+        self.rows += other.rows
 
     def step(self, H: Tensor) -> Tensor | None:
         """D (H + damping)^-1 (d x d), H as collected; None where something is not finite."""
@@ -145,6 +151,19 @@ class InputMoments:
         d = len(hessian.upper)
         return "" if hessian.rows >= d else f"{hessian.rows} calibration tokens for {d} inputs: second moments shrunk"
 
+    def merge(self, hessians: Mapping[str, Hessian], drifts: Mapping[str, Drift]) -> None:
+        """Add what the passes of other rows found, under the same names; what layers shared there they share here."""
+        for mine, others in ((self.hessians, hessians), (self.drifts, drifts)):
+            met: dict[int, Any] = {}
+            for name, other in others.items():
+                if id(other) not in met:
+                    met[id(other)] = mine.get(name)
+                    if met[id(other)] is None:
+                        met[id(other)] = other
+                    else:
+                        met[id(other)].merge(other)
+                mine.setdefault(name, met[id(other)])
+
     def end_pass(self, originals: Mapping[str, Tensor] | None = None) -> None:
         """Forget the tensors of the last forward pass; with the inputs that layers had in the original model, note the drift."""
         for x, _, name in self._pass:
@@ -170,6 +189,15 @@ class InputMoments:
         return note
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What a pass of some rows found: Hessians and drifts by layer, and the original block's outputs if they were asked for."""
+
+    hessians: dict[str, Hessian]
+    drifts: dict[str, Drift]
+    outputs: Tensor | None
+
+
 @torch.no_grad()
 def collect(
     block: nn.Module,
@@ -180,20 +208,47 @@ def collect(
     original: Original | None = None,
     *,
     last: bool = False,
+    workers: Workers | None = None,
 ) -> InputMoments:
     """Run a block on all calibration rows, as far as its given layers: their Hessians and, with the original block, drifts.
 
     Drifts are of layers that see every token: where tokens are routed, the two models may send others.  The `last` collection of
-    a block leaves original.inputs at the block's outputs.
+    a block leaves original.inputs at the block's outputs.  Each share of the rows has sums of its own, which are added in order.
     """
     within = {module: name for name, module in block.named_modules()}
     names = {within[layer]: name for name, layer in layers.items()}
+    shares, theirs = inputs.shares(), None if original is None else original.inputs
+    common = block, None if original is None else original.block, names, kwargs, device, last
+    parts = ((inputs.part(rows), None if theirs is None else theirs.part(rows)) for rows in shares)
+    moments = InputMoments(layers)
+    for rows, found in zip(shares, spread(workers, _collected, common, parts), strict=True):
+        moments.merge(found.hessians, found.drifts)
+        if found.outputs is not None and theirs is not None:
+            theirs.set(rows, found.outputs)
+    return moments
+
+
+@torch.no_grad()
+def _collected(
+    block: nn.Module,
+    original: nn.Module | None,
+    names: Mapping[str, str],
+    kwargs: Mapping[str, Any],
+    device: torch.device,
+    last: bool,
+    inputs: Activations,
+    originals: Activations | None,
+) -> _Sums:
+    """The sums over some rows; names: of the layers in the block -> what they are called."""
+    layers = {name: block.get_submodule(inner) for inner, name in names.items()}
+    beside = None if original is None or originals is None else Original(original, originals)
     with InputMoments(layers, stop=True) as moments:
         for rows in inputs.batches():
             hidden = inputs.get(rows).to(device)
-            found = {} if original is None else original.run(rows, names, kwargs, device, last=last)
+            found = {} if beside is None else beside.run(rows, names, kwargs, device, last=last)
             with suppress(Enough):
                 run_block(block, hidden, kwargs)
             tokens = hidden.shape[:-1].numel()
             moments.end_pass({names[name]: x for name, x in found.items() if x.shape[:-1].numel() == tokens})
-    return moments
+    outputs = originals.get(slice(0, originals.shape[0])) if last and originals is not None else None
+    return _Sums(moments.hessians, moments.drifts, outputs)

@@ -49,10 +49,11 @@ class Begun:
 
 
 class Workers(Protocol):
-    """Who works.  slots: jobs that go on at a time."""
+    """Who works.  slots: jobs that go on at a time; apart: in other processes, on copies of what they are given."""
 
     device: torch.device
     slots: int
+    apart: bool
 
     def ahead(self, largest: int) -> int:
         """Matrices of at most `largest` bytes that may be in work at a time where none has to wait for another."""
@@ -60,6 +61,10 @@ class Workers(Protocol):
 
     def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
         """Do work(*args), a function of a module."""
+        ...
+
+    def handed(self, given: T) -> T:
+        """What stands for an object in the arguments of jobs: however many, it is handed over once."""
         ...
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
@@ -74,6 +79,8 @@ class Workers(Protocol):
 class Threads:
     """Threads of this process: the encoders of most grids run in one.  A GPU has enough to do with one matrix."""
 
+    apart = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.slots = min(AT_ONCE, torch.get_num_threads()) if device.type == "cpu" else 1
@@ -87,6 +94,10 @@ class Threads:
         """See Workers."""
         return self._pool.submit(work, *args)
 
+    def handed(self, given: T) -> T:
+        """See Workers: the object itself."""
+        return given
+
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers."""
         return self._pool.submit(self._matrix, recipe, p, weight, seen)
@@ -99,6 +110,16 @@ class Threads:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def spread(workers: Workers | None, work: Callable[..., T], common: Iterable[Any], parts: Iterable[Iterable[Any]]) -> Iterator[T]:
+    """work(*common, *part) for every part, in order: on other machines where workers are apart, else one after the other here,
+    with all threads for each.
+    """
+    if workers is None or not workers.apart:
+        return (work(*common, *part) for part in parts)
+    handed = [workers.handed(given) for given in common]
+    return in_flight((workers.submit(work, *handed, *part) for part in parts), workers.slots + 1)
 
 
 def _ray(device: torch.device) -> Workers:

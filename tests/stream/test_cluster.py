@@ -16,7 +16,7 @@ import torch
 from runs import calibrated, fingerprints, run, settings, stopped, timeless
 
 from lplr.errors import BackendError, CheckpointError
-from lplr.stream import cluster
+from lplr.stream import calibrate, cluster, compress
 from lplr.stream.cluster import RETRIES, Cluster
 from lplr.stream.verify import verify
 
@@ -63,6 +63,25 @@ def test_a_calibrated_run_has_the_same_bytes(nodes: Any, tmp_path: Path):
     chosen = calibrated(source)
     run(chosen, tmp_path / "whole")
     run(chosen, tmp_path / "out", engine="ray")
+    assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
+    assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+
+
+def test_the_calibration_text_is_run_in_shares_on_the_cluster(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three shares of two rows, for every stage of every block."""
+    source = checkpoints.write(tmp_path / "base", "llama")
+    monkeypatch.setattr(calibrate, "SHARE", 1)
+    monkeypatch.setattr(compress, "embed", lambda *given: calibrate.embed(*given, at_once=64))
+    jobs = []
+    submit = Cluster.submit
+    monkeypatch.setattr(Cluster, "submit", lambda self, work, *given: jobs.append(work.__name__) or submit(self, work, *given))
+    chosen = calibrated(source)
+    run(chosen, tmp_path / "whole")
+    assert not jobs
+    run(chosen, tmp_path / "out", engine="ray")
+    blocks = 3
+    assert jobs.count("_collected") == 3 * 4 * blocks  # q, k, v; o; gate, up; down
+    assert jobs.count("_advanced") == 3 * (blocks - 1)
     assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 

@@ -70,6 +70,38 @@ def test_collect_beside_the_original_block(routed: bool, generator: torch.Genera
     assert torch.equal(inputs.get(slice(0, 6)), x)
 
 
+def test_sums_over_several_shares_are_sums_over_all_rows(generator: torch.Generator) -> None:
+    """In float64 by hand; q and k share an input, and still do when the shares are put together."""
+    x, other = (torch.randn(11, 3, 4, generator=generator) for _ in range(2))
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.out = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.q(x) * self.k(x))
+
+    inputs, originals = (Activations(11, 3, 4, at_once=3) for _ in range(2))
+    inputs.set(slice(0, 11), x)
+    originals.set(slice(0, 11), other)
+    assert [(s.start, s.stop) for s in inputs.shares()] == [(0, 4), (4, 8), (8, 11)]
+    block = Two().requires_grad_(False)
+    original = Original.of(block, originals)
+    expected = block(other)
+    layers = {"a": block.q, "b": block.k}
+    found = collect(block, layers, inputs, {}, torch.device("cpu"), original, last=True)
+    assert found.hessians["a"] is found.hessians["b"] and found.drifts["a"] is found.drifts["b"]
+    assert found.hessians["a"].rows == found.drifts["a"].rows == 33
+    wide, moved = x.double().reshape(-1, 4), (other - x).double().reshape(-1, 4)
+    H = found.hessians["a"].mean()
+    assert H is not None
+    # 33 float32 products of numbers about one
+    torch.testing.assert_close(H.double(), wide.T @ wide / 33, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.drifts["a"].total.double(), moved.T @ wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(originals.get(slice(0, 11)), expected)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_the_recipe_says_how_far(share: float, tmp_path: Path) -> None:
     source = checkpoints.write(tmp_path / "base", "llama")
