@@ -4,9 +4,9 @@
 
 `lplr compress --engine ray` is followed matrix by matrix: the driver reads and sends in order, no further ahead than its store
 holds; workers take what comes; results go back and are written in order; with calibration, a block's stages wait for each other
-and for the driver's passes.  Every assumption is in ASSUMED and every measured input comes from eval/results/scale_costs.json
-(`costs.py`); both are printed.  What bounds a run is found by doubling one thing at a time: the one that shortens it most.  The
-table goes to eval/results/scale_simulated.json.
+and for the passes of the text, which are tasks too.  Every assumption is in ASSUMED and every measured input comes from
+eval/results/scale_costs.json (`costs.py`); both are printed.  What bounds a run is found by doubling one thing at a time: the one
+that shortens it most.  The table goes to eval/results/scale_simulated.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lplr.files import write_text_atomic  # noqa: E402
+from lplr.stream.calibrate import TOKENS_AT_ONCE  # noqa: E402
 from lplr.stream.estimate import LIBRARIES, matrix_memory  # noqa: E402
 
 RESULTS = ROOT / "eval/results"
+PASSES = 5  # of the text through a block or its original, see ASSUMED
 MACHINES = (1, 2, 4, 8, 16, 32, 64)
 TERMS = ("n d", "n d^2", "n d min(n, d)", "d^3")
 
@@ -48,17 +50,19 @@ ASSUMED = {
     "network of a machine each way, GB/s": 1.25,
     "price of a machine, USD an hour": 0.64,
     "speed of a core": "that of the measured one, all cores of a machine alike busy",
-    "speed-up of the driver's matrix products by all of its cores": 12.0,
+    "speed-up of the driver's matrix products by all of its cores, in the sensitivities": 12.0,
     "matrix costs": "the fitted terms hold beyond the measured shapes (largest 4096 x 4096)",
     "engine": "every task in one thread; as many on a machine as its cores and memory hold (stream.estimate.matrix_memory)",
     "one machine": "the same engine on one machine: nothing passes the network",
-    "driver": "on one of the machines, whose cores work too but while it runs the text; its disk is the measured one",
+    "driver": "on one of the machines, whose cores work too; its disk is the measured one",
+    "sensitivities": "passes of the driver alone, as if with all of its cores",
     "object store of a machine, share of its memory": 0.3,
     "seconds of a task beside its work": 0.01,
     "calibration tokens": 128 * 512,
     "tokens of the sensitivities": 32 * 512,
     "attention scores, norms, embedding and head": "left out of the passes, but for the head in the sensitivities",
     "passes": "counts of stream.estimate: 3 through a compressed block, 2 more through the original one, moments, drift",
+    "text": "a task for each batch of a pass; every machine that works gets the block and the original once a pass",
     "failures": "none",
 }
 
@@ -166,13 +170,26 @@ class Run:
     def _store(self, machine: Machine) -> int:
         return int(machine.memory * ASSUMED["object store of a machine, share of its memory"])
 
-    def text(self, tokens: int, machine: Machine) -> float:
-        """Seconds of the driver's passes and second moments of one block."""
-        rate = self.rates["float32 products, operations"] * self._driver(machine)
-        moments = self.rates["of a second moment, tokens d^2"] * self._driver(machine)
-        total = sum(tokens * 5 * 2.0 * prod(m.shape) / rate for m in self.all)
-        inputs = [stage[0].shape[1] for stage in self.block]
-        return total + sum(tokens * d * d / moments + tokens * 2.0 * d * d / rate for d in inputs)
+    def text(self, tokens: int, machine: Machine, count: int) -> float:
+        """Seconds of the passes and second moments of one block: tasks of a batch each, or the network of the driver."""
+        weights, inputs = sum(prod(m.shape) for m in self.all), [stage[0].shape[1] for stage in self.block]
+        squares, batches = sum(d * d for d in inputs), -(-tokens // TOKENS_AT_ONCE)
+        rate, moments = self.rates["float32 products, operations"], self.rates["of a second moment, tokens d^2"]
+        batch = TOKENS_AT_ONCE * ((PASSES * 2.0 * weights + 2.0 * squares) / rate + squares / moments) / machine.speed
+        task = LIBRARIES + 4 * (2 * weights + 2 * max(inputs) ** 2 + 8 * TOKENS_AT_ONCE * max(inputs))
+        per = min(machine.cores, int(machine.memory * (1 - ASSUMED["object store of a machine, share of its memory"]) // task))
+        if not per:
+            return inf
+        sent = max(self.text_bytes(tokens, count)) / machine.network
+        return max(ceil(batches / (per * count)) * batch, sent)
+
+    def text_bytes(self, tokens: int, count: int) -> tuple[float, float]:
+        """Bytes that leave the driver, and that come back, for the passes of one block."""
+        batches = -(-tokens // TOKENS_AT_ONCE)
+        away, machines = batches * (count - 1) / count, min(count, batches) - 1
+        states = 2 * 4.0 * TOKENS_AT_ONCE * self.model["hidden"]
+        out = PASSES * (machines * 2 * 4.0 * sum(prod(m.shape) for m in self.all) + away * states)
+        return out, away * (2 * 4.0 * sum(stage[0].shape[1] ** 2 for stage in self.block) + states)
 
     def sensitivity(self, machine: Machine) -> float:
         """Seconds of the driver's passes that the allocation rests on."""
@@ -184,7 +201,7 @@ class Run:
         return 4 * tokens * 2.0 * weights / rate + tokens * inputs / moments
 
     def _driver(self, machine: Machine) -> float:
-        full = float(ASSUMED["speed-up of the driver's matrix products by all of its cores"])
+        full = float(ASSUMED["speed-up of the driver's matrix products by all of its cores, in the sensitivities"])
         return machine.speed * full * machine.cores / int(ASSUMED["cores of a machine"])
 
     def seconds(self, machine: Machine, count: int) -> dict[str, float]:
@@ -200,7 +217,7 @@ class Run:
         out["sensitivities"] = self.sensitivity(machine)
         # a block's curves wait for its gradients; they are worked on while the driver goes on with the next block
         out["curves"] = blocks * self._together(machine, count, [(m, m.curve) for m in self.all], per)
-        out["text"] = blocks * self.text(ASSUMED["calibration tokens"], machine)
+        out["text"] = blocks * self.text(ASSUMED["calibration tokens"], machine, count)
         out["matrices"] = blocks * sum(
             self._together(machine, count, [(m, m.factorized) for m in stage], per) for stage in self.block
         )
@@ -222,7 +239,8 @@ class Run:
         times = (2 if self.all[0].curve else 1) * self.model["blocks"]
         moments = sum(stage[0].moments for stage in self.block)
         total = times * (sum(m.sent for m in self.all) + moments) + self.model["blocks"] * sum(m.back for m in self.all)
-        return total * (count - 1) / count
+        text = sum(self.text_bytes(ASSUMED["calibration tokens"], count)) if self.calibrated else 0.0
+        return total * (count - 1) / count + self.model["blocks"] * text
 
     def memory(self, machine: Machine, count: int) -> dict[str, float]:
         """Peak GiB of the driver's process and store, and of a worker's machine."""

@@ -29,7 +29,6 @@ from lplr.stream.workers import Workers, spread
 
 ACTIVATION_LIMIT = 256 << 20
 TOKENS_AT_ONCE = 4096
-SHARE = 4  # batches of the calibration text that one job runs
 
 
 def calibration_windows(
@@ -134,17 +133,11 @@ class Activations:
         size = batch_rows(*self.shape[:2], self._at_once)
         return (slice(i, i + size) for i in range(0, self.shape[0], size))
 
-    def shares(self) -> list[slice]:
-        """Slices of SHARE batches, the last one of what is left: how the text is cut up, whoever runs it."""
-        found = list(self.batches())
-        return [slice(found[i].start, found[min(i + SHARE, len(found)) - 1].stop) for i in range(0, len(found), SHARE)]
-
     def part(self, rows: slice) -> Activations:
-        """A copy, in memory, of some rows: whole batches, which are its batches too."""
+        """A copy, in memory, of one of the batches."""
         made = copy.copy(self)
         made._memory, made._file = self.get(rows), None
-        made._at_once = batch_rows(*self.shape[:2], self._at_once) * self.shape[1]
-        made.shape = tuple(made._memory.shape)
+        made.shape = (rows.stop - rows.start, *self.shape[1:])
         return made
 
     def close(self) -> None:
@@ -197,16 +190,24 @@ def advance(
     block: nn.Module, activations: Activations, kwargs: Mapping[str, Any], device: torch.device, workers: Workers | None = None
 ) -> None:
     """Replace the inputs of a block by its outputs."""
-    shares = activations.shares()
-    found = spread(workers, _advanced, (block, kwargs, device), ((activations.part(rows),) for rows in shares))
-    for rows, states in zip(shares, found, strict=True):
+    batches = list(activations.batches())
+    parts = ((activations.get(rows),) for rows in batches)
+    found = spread(workers, _advanced, (block, kwargs, device), parts, pass_memory(block, batches[0], activations))
+    for rows, states in zip(batches, found, strict=True):
         activations.set(rows, states)
 
 
+def pass_memory(block: nn.Module, batch: slice, activations: Activations) -> int:
+    """Bytes of a block and of what passes through it of a batch."""
+    widest = max((max(p.shape) for p in block.parameters()), default=1)
+    stored = (*block.parameters(), *block.buffers())
+    return sum(t.nbytes for t in stored) + 4 * (batch.stop - batch.start) * activations.shape[1] * 8 * widest
+
+
 @torch.no_grad()
-def _advanced(block: nn.Module, kwargs: Mapping[str, Any], device: torch.device, part: Activations) -> Tensor:
-    """The outputs of a block for some rows."""
-    return torch.cat([run_block(block, part.get(rows).to(device), kwargs) for rows in part.batches()])
+def _advanced(block: nn.Module, kwargs: Mapping[str, Any], device: torch.device, states: Tensor) -> Tensor:
+    """The outputs of a block for the states of a batch."""
+    return run_block(block, states.to(device), kwargs)
 
 
 def embed(

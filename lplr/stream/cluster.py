@@ -1,7 +1,7 @@
 """Matrices as tasks of a Ray cluster, `--engine ray`: the bytes of one process, the time of many machines.
 
 The driver reads the checkpoint and writes shards and run.jsonl in order, so that the machines need no common disk.  A pass of the
-calibration text through a block is tasks of some rows each, which bring back second moments and outputs.  Each matrix is two
+calibration text through a block is a task a batch, which brings back second moments and outputs.  Each matrix is two
 tasks, one that factorizes it and one that measures and bounds the error, which Ray runs where the first one left the weights.
 What is lost with a worker or a machine, a task at work or a result that nobody has fetched, Ray makes again elsewhere, from what
 the driver holds.  A finished block stands in run.jsonl and is not made again.
@@ -80,11 +80,23 @@ class Cluster:
         """As many as keep every processor busy and fit into the driver's part of the object store."""
         return max(1, min(AHEAD * self.slots, int(self._store) // max(largest, 1)))
 
-    def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
-        """See Workers."""
-        ref = self._task.remote(_machine(), self._threads, work, *args)
+    def submit(self, work: Callable[..., T], *args: Any, memory: int = 0) -> Pending[T]:
+        """See Workers; BackendError when no machine has the memory for it."""
+        name = getattr(work, "__name__", "work")
+        task = self._task.options(memory=self._needed(name, memory)) if memory else self._task
+        ref = task.remote(_machine(), self._threads, work, *args)
         self._open.add(ref)
-        return _later(lambda: self._fetch(ref, getattr(work, "__name__", "work")))
+        return _later(lambda: self._fetch(ref, name))
+
+    def _needed(self, what: str, memory: int) -> int:
+        """Bytes of a process for a task that takes so many; BackendError when no machine has them."""
+        needed = LIBRARIES + memory
+        if needed > self._memory:
+            raise BackendError(
+                f"{what} takes {needed / 2**30:.1f} GiB, the largest machine of the cluster has "
+                f"{self._memory / 2**30:.1f}: add a larger one, or use --engine local"
+            )
+        return needed
 
     def handed(self, given: T) -> T:
         """See Workers: its place in the object store."""
@@ -92,12 +104,7 @@ class Cluster:
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers; BackendError when no machine has the memory for it."""
-        needed = LIBRARIES + matrix_memory(p.shape, moments=seen.H is not None)
-        if needed > self._memory:
-            raise BackendError(
-                f"{p.name} ({p.shape[0]} x {p.shape[1]}) takes {needed / 2**30:.1f} GiB, the largest machine of the cluster has "
-                f"{self._memory / 2**30:.1f}: add a larger one, or use --engine local"
-            )
+        needed = self._needed(f"{p.name} ({p.shape[0]} x {p.shape[1]})", matrix_memory(p.shape, moments=seen.H is not None))
         sized = self._task.options(num_returns=2, memory=needed)
         moments = self._stored(seen.H), seen.G, self._stored(seen.step)
         f, rest = sized.remote(_machine(), self._threads, _factorized, recipe, p, weight, *moments, seen.note)

@@ -19,7 +19,7 @@ from lplr.factor.rank import exchanges
 from lplr.recipe import Recipe
 from lplr.recover.distill import TOKENS_AT_ONCE as HEAD_AT_ONCE
 from lplr.stream.allocation import ROWS, taking_part
-from lplr.stream.calibrate import ACTIVATION_LIMIT, SHARE, TOKENS_AT_ONCE
+from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
 from lplr.stream.device import usable_device
 from lplr.stream.distill import KEPT, ROUNDED_AFTER, TOKENS_A_STEP, WIDTHS
@@ -194,10 +194,10 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
     tuned = bool(recipe.recovery.epochs)
     twice = 2 if recipe.propagation or tuned else 1  # the original block beside the one at work, its states and drifts
-    hessians = (2 + 2 * twice) * _moments_bytes(checkpoint, plans, weighted=False)  # sums of all rows, and of some
+    hessians = (2 + 2 * twice) * _moments_bytes(checkpoint, plans, weighted=False)  # sums of all batches, and of one
     hidden = _hidden(checkpoint) or d
     activations = 4 * recipe.nsamples * recipe.seqlen * hidden
-    passing = 4 * TOKENS_AT_ONCE * (8 * max(max(p.shape) for p in plans) + 2 * twice * SHARE * hidden)
+    passing = 4 * TOKENS_AT_ONCE * 8 * max(max(p.shape) for p in plans)
     kept = twice * activations if activations <= ACTIVATION_LIMIT else 0
     most = max(twice * block + hessians + passing, hessians + matrix, outside)
     if tuned:  # latents, the best, a gradient, two moments; what a pass forward keeps

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lplr.hf.skeleton import run_block
 from lplr.linalg.hessian import Hessian, cholesky_factor, damped, shrunk
-from lplr.stream.calibrate import Activations
+from lplr.nn import weight_of
+from lplr.stream.calibrate import Activations, pass_memory
 from lplr.stream.workers import Workers, spread
 
 UNREACHED = "no calibration token reached it: compressed without data"
@@ -189,15 +190,6 @@ class InputMoments:
         return note
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """What a pass of some rows found: Hessians and drifts by layer, and the original block's outputs if they were asked for."""
-
-    hessians: dict[str, Hessian]
-    drifts: dict[str, Drift]
-    outputs: Tensor | None
-
-
 @torch.no_grad()
 def collect(
     block: nn.Module,
@@ -213,18 +205,19 @@ def collect(
     """Run a block on all calibration rows, as far as its given layers: their Hessians and, with the original block, drifts.
 
     Drifts are of layers that see every token: where tokens are routed, the two models may send others.  The `last` collection of
-    a block leaves original.inputs at the block's outputs.  Each share of the rows has sums of its own, which are added in order.
+    a block leaves original.inputs at the block's outputs.  Each batch has sums of its own, which are added in order.
     """
     within = {module: name for name, module in block.named_modules()}
     names = {within[layer]: name for name, layer in layers.items()}
-    shares, theirs = inputs.shares(), None if original is None else original.inputs
+    batches, theirs = list(inputs.batches()), None if original is None else original.inputs
     common = block, None if original is None else original.block, names, kwargs, device, last
-    parts = ((inputs.part(rows), None if theirs is None else theirs.part(rows)) for rows in shares)
+    parts = ((inputs.get(rows), None if theirs is None else theirs.part(rows)) for rows in batches)
     moments = InputMoments(layers)
-    for rows, found in zip(shares, spread(workers, _collected, common, parts), strict=True):
-        moments.merge(found.hessians, found.drifts)
-        if found.outputs is not None and theirs is not None:
-            theirs.set(rows, found.outputs)
+    memory = 2 * (pass_memory(block, batches[0], inputs) + sum(4 * weight_of(layer).shape[1] ** 2 for layer in layers.values()))
+    for rows, (hessians, drifts, outputs) in zip(batches, spread(workers, _collected, common, parts, memory), strict=True):
+        moments.merge(hessians, drifts)
+        if theirs is not None and outputs is not None:
+            theirs.set(rows, outputs)
     return moments
 
 
@@ -236,19 +229,19 @@ def _collected(
     kwargs: Mapping[str, Any],
     device: torch.device,
     last: bool,
-    inputs: Activations,
-    originals: Activations | None,
-) -> _Sums:
-    """The sums over some rows; names: of the layers in the block -> what they are called."""
-    layers = {name: block.get_submodule(inner) for inner, name in names.items()}
-    beside = None if original is None or originals is None else Original(original, originals)
-    with InputMoments(layers, stop=True) as moments:
-        for rows in inputs.batches():
-            hidden = inputs.get(rows).to(device)
-            found = {} if beside is None else beside.run(rows, names, kwargs, device, last=last)
-            with suppress(Enough):
-                run_block(block, hidden, kwargs)
-            tokens = hidden.shape[:-1].numel()
-            moments.end_pass({names[name]: x for name, x in found.items() if x.shape[:-1].numel() == tokens})
-    outputs = originals.get(slice(0, originals.shape[0])) if last and originals is not None else None
-    return _Sums(moments.hessians, moments.drifts, outputs)
+    states: Tensor,
+    theirs: Activations | None,
+) -> tuple[dict[str, Hessian], dict[str, Drift], Tensor | None]:
+    """Hessians and drifts of a batch and, if it is the `last` pass, the original block's outputs; names: of the layers in the
+    block -> what they are called.
+    """
+    whole = slice(0, len(states))
+    found: dict[str, Tensor] = {}
+    if original is not None and theirs is not None:
+        found = Original(original, theirs).run(whole, names, kwargs, device, last=last)
+    with InputMoments({name: block.get_submodule(inner) for inner, name in names.items()}, stop=True) as moments:
+        with suppress(Enough):
+            run_block(block, states.to(device), kwargs)
+        tokens = states.shape[:-1].numel()
+        moments.end_pass({names[name]: x for name, x in found.items() if x.shape[:-1].numel() == tokens})
+    return moments.hessians, moments.drifts, theirs.get(whole) if last and theirs is not None else None

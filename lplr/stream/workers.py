@@ -59,8 +59,8 @@ class Workers(Protocol):
         """Matrices of at most `largest` bytes that may be in work at a time where none has to wait for another."""
         ...
 
-    def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
-        """Do work(*args), a function of a module."""
+    def submit(self, work: Callable[..., T], *args: Any, memory: int = 0) -> Pending[T]:
+        """Do work(*args), a function of a module, which takes so many bytes beside the libraries."""
         ...
 
     def handed(self, given: T) -> T:
@@ -90,7 +90,7 @@ class Threads:
         """One: of a checkpoint of any size one matrix is in memory at a time."""
         return 1
 
-    def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
+    def submit(self, work: Callable[..., T], *args: Any, memory: int = 0) -> Pending[T]:
         """See Workers."""
         return self._pool.submit(work, *args)
 
@@ -112,14 +112,16 @@ class Threads:
         self._pool.shutdown(cancel_futures=True)
 
 
-def spread(workers: Workers | None, work: Callable[..., T], common: Iterable[Any], parts: Iterable[Iterable[Any]]) -> Iterator[T]:
-    """work(*common, *part) for every part, in order: on other machines where workers are apart, else one after the other here,
-    with all threads for each.
+def spread(
+    workers: Workers | None, work: Callable[..., T], common: Iterable[Any], parts: Iterable[Iterable[Any]], memory: int
+) -> Iterator[T]:
+    """work(*common, *part) for every part, in order: on other machines where workers are apart, `memory` bytes for each, else one
+    after the other here, with all threads for each.
     """
     if workers is None or not workers.apart:
         return (work(*common, *part) for part in parts)
     handed = [workers.handed(given) for given in common]
-    return in_flight((workers.submit(work, *handed, *part) for part in parts), workers.slots + 1)
+    return in_flight((workers.submit(work, *handed, *part, memory=memory) for part in parts), workers.slots + 1)
 
 
 def _ray(device: torch.device) -> Workers:

@@ -10,8 +10,6 @@ import checkpoints
 import pico
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lplr.errors import OutputError
 from lplr.hf.load import load_model
@@ -174,21 +172,6 @@ def test_a_file_of_activations_that_is_cut_short_is_an_error(tmp_path: Path, mon
 def test_batches_are_of_equal_size_and_bounded(rows: int, seqlen: int, most: int):
     assert batch_rows(rows, seqlen) == most
     assert rows % batch_rows(rows, seqlen) == 0
-
-
-@given(rows=st.integers(1, 40), seqlen=st.integers(1, 9), at_once=st.integers(1, 40))
-def test_shares_are_whole_batches_and_a_part_has_the_same_ones(rows: int, seqlen: int, at_once: int):
-    """Masks and positions of one batch serve every other, so a part must be cut as the whole is."""
-    states = Activations(rows, seqlen, 2, at_once=at_once)
-    states.set(slice(0, rows), torch.arange(rows * seqlen * 2.0).reshape(rows, seqlen, 2))
-    shares, batches = states.shares(), list(states.batches())
-    size = batches[0].stop
-    covered = [i for share in shares for i in range(share.start, share.stop)]
-    assert covered == list(range(rows))
-    for share in shares:
-        part = states.part(share)
-        assert all(b.stop - b.start == size for b in part.batches())
-        assert torch.equal(part.get(slice(0, part.shape[0])), states.get(share))
 
 
 def test_few_tokens_shrink_the_second_moments_and_the_record_says_so():

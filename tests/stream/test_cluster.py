@@ -67,14 +67,18 @@ def test_a_calibrated_run_has_the_same_bytes(nodes: Any, tmp_path: Path):
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 
 
-def test_the_calibration_text_is_run_in_shares_on_the_cluster(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Three shares of two rows, for every stage of every block."""
+def test_the_calibration_text_is_run_on_the_cluster(nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three batches of two rows, for every stage of every block."""
     source = checkpoints.write(tmp_path / "base", "llama")
-    monkeypatch.setattr(calibrate, "SHARE", 1)
     monkeypatch.setattr(compress, "embed", lambda *given: calibrate.embed(*given, at_once=64))
     jobs = []
     submit = Cluster.submit
-    monkeypatch.setattr(Cluster, "submit", lambda self, work, *given: jobs.append(work.__name__) or submit(self, work, *given))
+
+    def noted(self: Cluster, work: Any, *given: Any, **more: Any) -> Any:
+        jobs.append(work.__name__)
+        return submit(self, work, *given, **more)
+
+    monkeypatch.setattr(Cluster, "submit", noted)
     chosen = calibrated(source)
     run(chosen, tmp_path / "whole")
     assert not jobs

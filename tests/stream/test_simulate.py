@@ -22,7 +22,7 @@ def costs(per_million: float) -> dict[str, Any]:
 
 def measured(bytes_a_second: float = inf, work: float = 1.0) -> dict[str, Any]:
     parts = {"m, factorized": costs(0.75 * work), "m, certified": costs(0.25 * work), "c": costs(0.1 * work)}
-    rates = {"float32 products, operations": 1e11, "of a second moment, tokens d^2": 1e11, "pickled, bytes": bytes_a_second}
+    rates = {"float32 products, operations": 1e10, "of a second moment, tokens d^2": 1e10, "pickled, bytes": bytes_a_second}
     disk = {"read, bytes": bytes_a_second, "written with SHA-256, bytes": bytes_a_second}
     return {"processor seconds of a matrix": parts, "a second, one thread": rates, "a second, of the disk": disk}
 
@@ -89,3 +89,16 @@ def test_the_shapes_add_up_to_the_models(name: str, billions: float):
     weights = sum(n * d for stage in simulate.stages(model) for n, d in stage) * model["blocks"]
     norms = model["hidden"] * (2 * model["blocks"] + 1)
     assert weights + norms + 2 * model["vocabulary"] * model["hidden"] == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_the_text_is_spread_over_machines_until_each_has_a_batch():
+    run = Run(MODEL, CALIBRATED, measured())
+    alone, *more = (run.text(16 * 4096, Machine(cores=1, network=inf), count) for count in (1, 2, 4, 16, 64))
+    assert [alone / t for t in more] == pytest.approx([2, 4, 16, 16])
+    weights = 4 * 1024**2 + 3 * 1024 * 3072
+    squares = 3 * 1024**2 + 3072**2
+    assert alone == pytest.approx(16 * 4096 * (5 * 2 * weights + 3 * squares) / 1e10)
+    # block and original to one other machine five times, eight batches of states; their moments, drifts and outputs back
+    states = 8 * 2 * 4 * 4096 * 1024
+    assert run.text_bytes(16 * 4096, 2) == pytest.approx((5 * (8 * weights + states), 8 * 2 * 4 * squares + states))
+    assert run.text_bytes(16 * 4096, 1) == (0.0, 0.0)
