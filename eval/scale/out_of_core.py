@@ -159,7 +159,7 @@ def main() -> None:
         drop_pages(folder)
         streaming = run("streamed", args, folder, Path(scratch) / "out")
     result = {
-        "command": " ".join(["python", "eval/scale/out_of_core.py", *sys.argv[1:]]),
+        "command": " ".join(["python eval/scale/out_of_core.py", *("DIR" if a == str(args.folder) else a for a in sys.argv[1:])]),
         "checkpoint bytes": size, "blocks": blocks, "threads": torch.get_num_threads(),
         "streamed": streaming, "in memory": memory,
         "speed against memory": streaming["weights a second"] / memory["weights a second"],
