@@ -176,12 +176,15 @@ class Run:
         squares, batches = sum(d * d for d in inputs), -(-tokens // TOKENS_AT_ONCE)
         rate, moments = self.rates["float32 products, operations"], self.rates["of a second moment, tokens d^2"]
         batch = TOKENS_AT_ONCE * ((PASSES * 2.0 * weights + 2.0 * squares) / rate + squares / moments) / machine.speed
-        task = LIBRARIES + 4 * (2 * weights + 2 * max(inputs) ** 2 + 8 * TOKENS_AT_ONCE * max(inputs))
+        task = LIBRARIES + 2 * 4 * (weights + 8 * TOKENS_AT_ONCE * max(inputs)) + 24 * max(inputs) ** 2
         per = min(machine.cores, int(machine.memory * (1 - ASSUMED["object store of a machine, share of its memory"]) // task))
         if not per:
             return inf
         sent = max(self.text_bytes(tokens, count)) / machine.network
-        return max(ceil(batches / (per * count)) * batch, sent)
+        # into the driver's store once a pass, and every result out of it
+        states = 2 * 4.0 * TOKENS_AT_ONCE * self.model["hidden"]
+        stored = PASSES * (2 * 4.0 * weights + batches * states) + batches * (2 * 4.0 * squares + states)
+        return max(ceil(batches / (per * count)) * batch, sent, stored / self.rates["pickled, bytes"] / machine.speed)
 
     def text_bytes(self, tokens: int, count: int) -> tuple[float, float]:
         """Bytes that leave the driver, and that come back, for the passes of one block."""
@@ -250,9 +253,9 @@ class Run:
         ahead = max(1, min(2 * per * count, int(self._store(machine) // largest)))
         block = sum(m.back for m in self.all)
         driver = LIBRARIES + block + largest
-        if self.calibrated:  # original and compressed block in float32, H, drift and factors of the widest input, one batch
+        if self.calibrated:  # two blocks in float32, H, drift and factors of the widest input, those of a batch
             widest = max(m.shape[1] for m in self.all)
-            driver += 2 * 4 * sum(prod(m.shape) for m in self.all) + 4 * 4 * widest**2 + 4 * 4096 * 8 * widest
+            driver += 2 * 4 * sum(prod(m.shape) for m in self.all) + 6 * 4 * widest**2 + 4 * TOKENS_AT_ONCE * 8 * widest
         return {"driver": driver / 2**30, "driver's store": ahead * largest / 2**30, "tasks of a machine": per * task / 2**30}
 
 

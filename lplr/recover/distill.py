@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 TOKENS_AT_ONCE = 512
@@ -59,7 +60,8 @@ class _Divergence(torch.autograd.Function):
         z = logits.float()
         q = z.softmax(-1)
         largest, at = q.max(-1, keepdim=True)
-        log_q = z.gather(-1, index) - (z.gather(-1, at) - largest.log())  # a log of q_top itself could be that of 0
+        # a log of q_top itself could be that of 0; differences of logits first, or their size costs digits
+        log_q = (z.gather(-1, index) - z.gather(-1, at)) + largest.log()
         p_top, q_top = log_p.exp(), log_q.exp()
         found = (p_top * (log_p - log_q)).sum(-1)
         told, rest, ratio = p_top.sum(-1, keepdim=True), torch.zeros_like(largest), torch.zeros_like(largest)
@@ -75,9 +77,10 @@ class _Divergence(torch.autograd.Function):
         return found.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return (gradient.float() * gradients[0].float()).to(gradient.dtype), None, None
 
 
 def taught(hidden: Tensor, head: Callable[[Tensor], Tensor], told: Likeliest) -> Tensor:
@@ -88,9 +91,9 @@ def taught(hidden: Tensor, head: Callable[[Tensor], Tensor], told: Likeliest) ->
     def part(x: Tensor, log_p: Tensor, index: Tensor) -> Tensor:
         return divergence(head(x), Likeliest(log_p, index))
 
-    total = hidden.new_zeros(())
     if len(tokens) <= TOKENS_AT_ONCE:
         return part(tokens, log_p, index) / len(tokens)
+    total = hidden.new_zeros(())
     for rows in torch.arange(len(tokens)).split(TOKENS_AT_ONCE):
         at = slice(int(rows[0]), int(rows[-1]) + 1)
         total = total + checkpoint(part, tokens[at], log_p[at], index[at], use_reentrant=False)  # type: ignore[operator]

@@ -25,10 +25,11 @@ from lplr.hf.text import calibration_tokens, read_text
 from lplr.recipe import Recipe
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.source import check_finite
-from lplr.stream.workers import Workers, spread
+from lplr.stream.workers import Spread, here
 
 ACTIVATION_LIMIT = 256 << 20
 TOKENS_AT_ONCE = 4096
+A_PASS = "a batch of the calibration text in one block"
 
 
 def calibration_windows(
@@ -187,21 +188,23 @@ def stages(
 
 
 def advance(
-    block: nn.Module, activations: Activations, kwargs: Mapping[str, Any], device: torch.device, workers: Workers | None = None
+    block: nn.Module, activations: Activations, kwargs: Mapping[str, Any], device: torch.device, spread: Spread = here
 ) -> None:
     """Replace the inputs of a block by its outputs."""
     batches = list(activations.batches())
     parts = ((activations.get(rows),) for rows in batches)
-    found = spread(workers, _advanced, (block, kwargs, device), parts, pass_memory(block, batches[0], activations))
-    for rows, states in zip(batches, found, strict=True):
+    memory = pass_memory(block, batches[0], activations)
+    outputs = spread(_advanced, (block, kwargs, device), parts, memory=memory, what=A_PASS)
+    for rows, states in zip(batches, outputs, strict=True):
         activations.set(rows, states)
 
 
 def pass_memory(block: nn.Module, batch: slice, activations: Activations) -> int:
     """Bytes of a block and of what passes through it of a batch."""
-    widest = max((max(p.shape) for p in block.parameters()), default=1)
-    stored = (*block.parameters(), *block.buffers())
-    return sum(t.nbytes for t in stored) + 4 * (batch.stop - batch.start) * activations.shape[1] * 8 * widest
+    sides = [s for p in block.parameters() for s in p.shape]
+    sides += [getattr(m, side, 0) for m in block.modules() for side in ("in_features", "out_features")]  # of packed matrices
+    stored = sum(t.nbytes for t in (*block.parameters(), *block.buffers()))
+    return stored + 4 * (batch.stop - batch.start) * activations.shape[1] * 8 * max(sides, default=1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ processors.  A machine whose torch, lplr or vector instructions are not the driv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -31,7 +31,7 @@ from lplr.records import LayerRecord
 from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.estimate import LIBRARIES, matrix_memory
 from lplr.stream.matrix import Made, Seen, compress_matrix
-from lplr.stream.workers import Begun, Pending
+from lplr.stream.workers import Begun, Pending, in_flight
 
 T = TypeVar("T")
 
@@ -51,8 +51,6 @@ def _usable_ray(device: torch.device) -> Any:
 
 class Cluster:
     """`stream.workers.Workers` that are processes of a Ray cluster: the one at RAY_ADDRESS, one that runs here, or a new one."""
-
-    apart = True
 
     def __init__(self, device: torch.device) -> None:
         self._ray = ray = _usable_ray(device)
@@ -80,13 +78,22 @@ class Cluster:
         """As many as keep every processor busy and fit into the driver's part of the object store."""
         return max(1, min(AHEAD * self.slots, int(self._store) // max(largest, 1)))
 
-    def submit(self, work: Callable[..., T], *args: Any, memory: int = 0) -> Pending[T]:
-        """See Workers; BackendError when no machine has the memory for it."""
-        name = getattr(work, "__name__", "work")
-        task = self._task.options(memory=self._needed(name, memory)) if memory else self._task
+    def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
+        """See Workers."""
+        return self._job(self._task, getattr(work, "__name__", "work"), work, *args)
+
+    def spread(
+        self, work: Callable[..., T], common: Sequence[Any], parts: Iterable[Sequence[Any]], *, memory: int, what: str
+    ) -> Iterator[T]:
+        """See Workers; what is common is put into the object store once.  BackendError when no machine has the memory."""
+        task = self._task.options(memory=self._needed(what, memory))
+        handed = [self._ray.put(given) for given in common]
+        return in_flight((self._job(task, what, work, *handed, *part) for part in parts), self.slots + 1)
+
+    def _job(self, task: Any, what: str, work: Callable[..., T], *args: Any) -> Pending[T]:
         ref = task.remote(_machine(), self._threads, work, *args)
         self._open.add(ref)
-        return _later(lambda: self._fetch(ref, name))
+        return _later(lambda: self._fetch(ref, what))
 
     def _needed(self, what: str, memory: int) -> int:
         """Bytes of a process for a task that takes so many; BackendError when no machine has them."""
@@ -97,10 +104,6 @@ class Cluster:
                 f"{self._memory / 2**30:.1f}: add a larger one, or use --engine local"
             )
         return needed
-
-    def handed(self, given: T) -> T:
-        """See Workers: its place in the object store."""
-        return self._ray.put(given)
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers; BackendError when no machine has the memory for it."""

@@ -213,7 +213,7 @@ class _Run:
                     gradients.drop(self.ledger.folder, i)  # a run that was killed behind the block's line may have left them
                 if i not in pending and originals is not None and any(j > i for j in pending):
                     with loaded(self.checkpoint, i, self.device) as block:
-                        advance(block, originals, kwargs[i], self.device, self.workers)
+                        advance(block, originals, kwargs[i], self.device, self.workers.spread)
                 if inputs is not None and any(j > i for j in pending):
                     meter.say(f"block {i + 1}: running the calibration text through the compressed block")
                     self._advance(i, inputs, kwargs[i])
@@ -319,14 +319,14 @@ class _Run:
             for names in groups:
                 these = {name: layers[name] for name in names}
                 last = names is groups[-1]
-                moments = collect(block, these, inputs, kwargs, self.device, original, last=last, workers=self.workers)
+                moments = collect(block, these, inputs, kwargs, self.device, original, last=last, spread=self.workers.spread)
                 for name, f in zip(names, several([chosen[name] for name in names], moments), strict=True):
                     assert f is not None  # a chosen matrix is compressed
                     made[name] = f
                     W = f.dequantize()
                     layers[name].weight = torch.nn.Parameter(W.T if chosen[name].transposed else W, requires_grad=False)
             if original is not None and not groups:
-                advance(original.block, original.inputs, kwargs, self.device, self.workers)
+                advance(original.block, original.inputs, kwargs, self.device, self.workers.spread)
             if original is None or not made or not self.recipe.recovery.epochs:
                 return None
             epochs = self.recipe.recovery.epochs
@@ -353,7 +353,7 @@ class _Run:
             keep = name in packed or not tensor.is_floating_point()
             tensors[name.removeprefix(prefix)] = (tensor if keep else tensor.float()).to(self.device)
         materialise(block, tensors)
-        advance(block, inputs, kwargs, self.device, self.workers)
+        advance(block, inputs, kwargs, self.device, self.workers.spread)
         release(block)
 
     def _commit(self, index: int, tensors: Mapping[str, Tensor], layout: Layout, rows: list[dict[str, Any]]) -> None:

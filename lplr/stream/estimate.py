@@ -21,7 +21,7 @@ from lplr.recover.distill import TOKENS_AT_ONCE as HEAD_AT_ONCE
 from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
-from lplr.stream.device import usable_device
+from lplr.stream.device import product_dtype, usable_device
 from lplr.stream.distill import KEPT, ROUNDED_AFTER, TOKENS_A_STEP, WIDTHS
 from lplr.stream.shards import shard_header, shard_name
 
@@ -194,7 +194,7 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
     tuned = bool(recipe.recovery.epochs)
     twice = 2 if recipe.propagation or tuned else 1  # the original block beside the one at work, its states and drifts
-    hessians = (2 + 2 * twice) * _moments_bytes(checkpoint, plans, weighted=False)  # sums of all batches, and of one
+    hessians = (2 + 2 * twice) * _moments_bytes(checkpoint, plans, weighted=False)  # sums of all batches and of one, factors
     hidden = _hidden(checkpoint) or d
     activations = 4 * recipe.nsamples * recipe.seqlen * hidden
     passing = 4 * TOKENS_AT_ONCE * 8 * max(max(p.shape) for p in plans)
@@ -209,7 +209,8 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
         measuring, files = _sensitivity_memory(checkpoint, recipe, moments + max(block + 2 * passing, matrix))
         most, on_disk = max(most, measuring), max(on_disk, files)
     if recipe.recovery.distill_epochs:
-        weights = (28 if recipe.recovery.lr else 2) * sum(prod(p.shape) for p in plans)
+        each = 28 if recipe.recovery.lr else product_dtype(usable_device(recipe.device)).itemsize
+        weights = each * sum(prod(p.shape) for p in plans)
         passed = min(KEPT, 4 * WIDTHS * max(TOKENS_A_STEP, recipe.seqlen) * hidden * len(checkpoint.stack))
         most = max(most, weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE)
     return LIBRARIES + most, on_disk

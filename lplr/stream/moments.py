@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from lplr.hf.skeleton import run_block
 from lplr.linalg.hessian import Hessian, cholesky_factor, damped, shrunk
 from lplr.nn import weight_of
-from lplr.stream.calibrate import Activations, pass_memory
-from lplr.stream.workers import Workers, spread
+from lplr.stream.calibrate import A_PASS, Activations, pass_memory
+from lplr.stream.workers import Spread, here
 
 UNREACHED = "no calibration token reached it: compressed without data"
 
@@ -154,16 +154,8 @@ class InputMoments:
 
     def merge(self, hessians: Mapping[str, Hessian], drifts: Mapping[str, Drift]) -> None:
         """Add what the passes of other rows found, under the same names; what layers shared there they share here."""
-        for mine, others in ((self.hessians, hessians), (self.drifts, drifts)):
-            met: dict[int, Any] = {}
-            for name, other in others.items():
-                if id(other) not in met:
-                    met[id(other)] = mine.get(name)
-                    if met[id(other)] is None:
-                        met[id(other)] = other
-                    else:
-                        met[id(other)].merge(other)
-                mine.setdefault(name, met[id(other)])
+        _merge(self.hessians, hessians)
+        _merge(self.drifts, drifts)
 
     def end_pass(self, originals: Mapping[str, Tensor] | None = None) -> None:
         """Forget the tensors of the last forward pass; with the inputs that layers had in the original model, note the drift."""
@@ -190,6 +182,22 @@ class InputMoments:
         return note
 
 
+def _merge(mine: dict[str, Any], others: Mapping[str, Any]) -> None:
+    """Add to each name's sum the other one of that name; names that share both go on sharing, and no others do."""
+    pairs: dict[tuple[int, int], list[str]] = {}
+    for name, other in others.items():
+        pairs.setdefault((id(mine.get(name)), id(other)), []).append(name)
+    for names in pairs.values():
+        total, other = mine.get(names[0]), others[names[0]]
+        if total is None:
+            total = other
+        else:
+            apart = any(found is total and name not in names for name, found in mine.items())
+            total = copy.deepcopy(total) if apart else total
+            total.merge(other)
+        mine.update(dict.fromkeys(names, total))
+
+
 @torch.no_grad()
 def collect(
     block: nn.Module,
@@ -200,7 +208,7 @@ def collect(
     original: Original | None = None,
     *,
     last: bool = False,
-    workers: Workers | None = None,
+    spread: Spread = here,
 ) -> InputMoments:
     """Run a block on all calibration rows, as far as its given layers: their Hessians and, with the original block, drifts.
 
@@ -213,11 +221,16 @@ def collect(
     common = block, None if original is None else original.block, names, kwargs, device, last
     parts = ((inputs.get(rows), None if theirs is None else theirs.part(rows)) for rows in batches)
     moments = InputMoments(layers)
-    memory = 2 * (pass_memory(block, batches[0], inputs) + sum(4 * weight_of(layer).shape[1] ** 2 for layer in layers.values()))
-    for rows, (hessians, drifts, outputs) in zip(batches, spread(workers, _collected, common, parts, memory), strict=True):
+    squares = [weight_of(layer).shape[1] ** 2 for layer in layers.values()]
+    # two sums of each input's width, and both twice more to be sent; where tokens are routed, layers have inputs of their own
+    memory = 2 * pass_memory(block, batches[0], inputs) + 24 * max(squares) + 8 * sum(squares)
+    results = spread(_collected, common, parts, memory=memory, what=A_PASS)
+    for rows in batches:
+        hessians, drifts, outputs = next(results)
         moments.merge(hessians, drifts)
         if theirs is not None and outputs is not None:
             theirs.set(rows, outputs)
+        del hessians, drifts, outputs  # large, and the next ones are made meanwhile
     return moments
 
 

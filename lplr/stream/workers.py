@@ -1,4 +1,4 @@
-"""Who works on whole matrices: the threads of this process, or a cluster (`stream.cluster`).
+"""Who works on whole matrices, and on batches of the calibration text: this process, or a cluster (`stream.cluster`).
 
 A matrix has a generator of its own and depends on nothing that was done before, so that it makes no difference to any byte who
 works on it, or when.
@@ -7,7 +7,7 @@ works on it, or when.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from lplr.stream.matrix import Made, Seen, compress_matrix
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+Spread = Callable[..., Iterator[Any]]  # `Workers.spread`
 
 MOST_THREADS = 1024  # that a run.jsonl can ask for
 AT_ONCE = 4  # matrices in work at a time: each holds a few float32 copies of itself
@@ -49,22 +50,26 @@ class Begun:
 
 
 class Workers(Protocol):
-    """Who works.  slots: jobs that go on at a time; apart: in other processes, on copies of what they are given."""
+    """Who works.  slots: jobs that go on at a time."""
 
     device: torch.device
     slots: int
-    apart: bool
 
     def ahead(self, largest: int) -> int:
         """Matrices of at most `largest` bytes that may be in work at a time where none has to wait for another."""
         ...
 
-    def submit(self, work: Callable[..., T], *args: Any, memory: int = 0) -> Pending[T]:
-        """Do work(*args), a function of a module, which takes so many bytes beside the libraries."""
+    def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
+        """Do work(*args), a function of a module."""
         ...
 
-    def handed(self, given: T) -> T:
-        """What stands for an object in the arguments of jobs: however many, it is handed over once."""
+    def spread(
+        self, work: Callable[..., T], common: Sequence[Any], parts: Iterable[Sequence[Any]], *, memory: int, what: str
+    ) -> Iterator[T]:
+        """work(*common, *part), a function of a module, for every part, in order; each takes `memory` bytes beside the libraries.
+
+        what: the work's name in an error.
+        """
         ...
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
@@ -76,10 +81,15 @@ class Workers(Protocol):
         ...
 
 
+def here(
+    work: Callable[..., T], common: Sequence[Any], parts: Iterable[Sequence[Any]], *, memory: int = 0, what: str = ""
+) -> Iterator[T]:
+    """`Workers.spread` one after the other in this process, with all of torch's threads for each."""
+    return (work(*common, *part) for part in parts)
+
+
 class Threads:
     """Threads of this process: the encoders of most grids run in one.  A GPU has enough to do with one matrix."""
-
-    apart = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -90,13 +100,15 @@ class Threads:
         """One: of a checkpoint of any size one matrix is in memory at a time."""
         return 1
 
-    def submit(self, work: Callable[..., T], *args: Any, memory: int = 0) -> Pending[T]:
+    def submit(self, work: Callable[..., T], *args: Any) -> Pending[T]:
         """See Workers."""
         return self._pool.submit(work, *args)
 
-    def handed(self, given: T) -> T:
-        """See Workers: the object itself."""
-        return given
+    def spread(
+        self, work: Callable[..., T], common: Sequence[Any], parts: Iterable[Sequence[Any]], *, memory: int, what: str
+    ) -> Iterator[T]:
+        """See Workers."""
+        return here(work, common, parts, memory=memory, what=what)
 
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers."""
@@ -110,18 +122,6 @@ class Threads:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
-
-
-def spread(
-    workers: Workers | None, work: Callable[..., T], common: Iterable[Any], parts: Iterable[Iterable[Any]], memory: int
-) -> Iterator[T]:
-    """work(*common, *part) for every part, in order: on other machines where workers are apart, `memory` bytes for each, else one
-    after the other here, with all threads for each.
-    """
-    if workers is None or not workers.apart:
-        return (work(*common, *part) for part in parts)
-    handed = [workers.handed(given) for given in common]
-    return in_flight((workers.submit(work, *handed, *part, memory=memory) for part in parts), workers.slots + 1)
 
 
 def _ray(device: torch.device) -> Workers:

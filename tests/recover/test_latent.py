@@ -105,6 +105,18 @@ def test_fixed_codes_have_scales_alone():
     assert ratio == pytest.approx(2.718281828**0.1, rel=2**-8)
 
 
+def test_fixed_parts_stand_in_the_bases_of_the_layer_where_one_scale_lets_them():
+    for name in SPECS:
+        f = factorization(name)
+        latent = Latent(f, fixed=torch.bfloat16)
+        scales = [s for part in (f.q, f.l, f.r) if part is not None for s in (part.row_scale, part.col_scale) if s is not None]
+        single = all(s.numel() == 1 for s in scales)
+        assert latent.rotations == ((0, 0) if single else (f.rotation, f.output_rotation))
+        # eight bits of a rotated entry where it stands in bfloat16: 2^-9 at most, and no error of them is like another's
+        assert torch.linalg.vector_norm(formed(latent) - f.dequantize()) <= 2**-9 * torch.linalg.vector_norm(f.dequantize())
+        assert torch.equal(latent.factorization().dequantize(), f.dequantize())
+
+
 @pytest.mark.parametrize("fixed", [None, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", SPECS)

@@ -90,3 +90,23 @@ def test_the_gradient_is_that_of_the_formula(k, scale):
     assert float(value.detach()) == pytest.approx(float(want.detach()), rel=1e-4)
     # 1e-7 of float32 over a rest of 1e-6 at least
     torch.testing.assert_close(found.double(), 2 * wanted, rtol=1e-3, atol=1e-2 if scale > 1 else 1e-5)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_large_logits_cost_no_digits(offset):
+    """Failed once: the rest q' was 1e-6 to 1e-5 here, and lost in a log-sum-exp that was rounded beside logits of this size."""
+    generator = torch.Generator().manual_seed(3)
+    base, z = (torch.randn(200, 64, generator=generator) for _ in range(2))
+    base[:, 0] += 5.0
+    z[:, 0] += 14.0
+    told = Likeliest.of(base, 8)
+    z = (z + offset).requires_grad_()
+    (found,) = torch.autograd.grad(divergence(z, told), z)
+    wide = z.detach().double().requires_grad_()
+    log_q = wide.log_softmax(-1).gather(-1, told.index.long())
+    p, p_left = told.log_p.double(), (1 - told.log_p.exp().sum(-1)).double()
+    left = 1 - log_q.exp().sum(-1)
+    assert float(left.detach().min()) > distill.SMALLEST
+    (wanted,) = torch.autograd.grad((p.exp() * (p - log_q)).sum() + (p_left * (p_left.log() - left.log())).sum(), wide)
+    # 1 - sum q has an error of 1e-7 of float32, its rest is 2e-6 at least: p'/q' is good to a few per cent
+    torch.testing.assert_close(found.double(), wanted, rtol=0.1, atol=1e-4)

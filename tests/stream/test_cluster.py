@@ -72,13 +72,13 @@ def test_the_calibration_text_is_run_on_the_cluster(nodes: Any, tmp_path: Path, 
     source = checkpoints.write(tmp_path / "base", "llama")
     monkeypatch.setattr(compress, "embed", lambda *given: calibrate.embed(*given, at_once=64))
     jobs = []
-    submit = Cluster.submit
+    job = Cluster._job
 
-    def noted(self: Cluster, work: Any, *given: Any, **more: Any) -> Any:
+    def noted(self: Cluster, task: Any, what: str, work: Any, *given: Any) -> Any:
         jobs.append(work.__name__)
-        return submit(self, work, *given, **more)
+        return job(self, task, what, work, *given)
 
-    monkeypatch.setattr(Cluster, "submit", noted)
+    monkeypatch.setattr(Cluster, "_job", noted)
     chosen = calibrated(source)
     run(chosen, tmp_path / "whole")
     assert not jobs
@@ -88,6 +88,12 @@ def test_the_calibration_text_is_run_on_the_cluster(nodes: Any, tmp_path: Path, 
     assert jobs.count("_advanced") == 3 * (blocks - 1)
     assert fingerprints(tmp_path / "out") == fingerprints(tmp_path / "whole")
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
+
+
+def test_a_pass_that_no_machine_has_the_memory_for_is_refused_before_it_is_sent(workers: Cluster):
+    with pytest.raises(BackendError, match=r"a batch of .* takes .* GiB, the largest machine .* use --engine local"):
+        workers.spread(divmod, (7,), ((2,),), memory=1 << 50, what=calibrate.A_PASS)
+    assert list(workers.spread(divmod, (7,), ((2,), (3,)), memory=1 << 20, what="a division")) == [(3, 1), (2, 1)]
 
 
 def test_a_run_that_is_stopped_goes_on_with_either_engine(nodes: Any, tmp_path: Path):

@@ -13,7 +13,7 @@ from lplr.linalg.hessian import DAMPING, Hessian
 from lplr.recipe import make_recipe
 from lplr.stream import compress
 from lplr.stream.calibrate import Activations
-from lplr.stream.moments import Drift, Original, collect
+from lplr.stream.moments import Drift, InputMoments, Original, collect
 
 
 def test_the_whole_step_is_ridge_regression_on_the_original_outputs(generator: torch.Generator) -> None:
@@ -100,6 +100,21 @@ def test_sums_over_several_batches_are_sums_over_all_rows(generator: torch.Gener
     torch.testing.assert_close(H.double(), wide.T @ wide / 33, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.drifts["a"].total.double(), moved.T @ wide, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(originals.get(slice(0, 11)), expected)
+
+
+@pytest.mark.parametrize("passes", [[{"b": 1}, {"a": 5, "b": 5}], [{"a": 5, "b": 5}, {"b": 1}], [{"a": 2}, {"a": 4, "b": 4}]])
+def test_every_layer_gets_the_rows_that_it_saw_however_they_shared_them(passes: list[dict[str, int]]) -> None:
+    """Layers with as many rows in a pass share an input there.  Failed once: with one seen alone before, its rows were lost."""
+    moments = InputMoments({})
+    for rows in passes:
+        shared = {count: Hessian(3) for count in rows.values()}
+        for count, hessian in shared.items():
+            hessian.add(torch.ones(count, 3))
+        moments.merge({name: shared[count] for name, count in rows.items()}, {})
+    for name in ("a", "b"):
+        seen = sum(rows.get(name, 0) for rows in passes)
+        assert moments.hessians[name].rows == seen
+        assert torch.equal(moments.hessians[name].upper.triu(), seen * torch.ones(3, 3).triu())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
