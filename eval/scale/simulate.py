@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, inf, prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ ASSUMED = {
     "engine": "every task in one thread; as many on a machine as its cores and memory hold (stream.estimate.matrix_memory)",
     "one machine": "the same engine on one machine: nothing passes the network",
     "driver": "on one of the machines, whose cores work too; its disk is the measured one",
-    "sensitivities": "passes of the driver alone, as if with all of its cores",
+    "sensitivities": "passes of the driver alone, as if with all of its cores; so is a pass that no machine can hold",
     "object store of a machine, share of its memory": 0.3,
     "seconds of a task beside its work": 0.01,
     "calibration tokens": 128 * 512,
@@ -179,7 +179,7 @@ class Run:
         task = LIBRARIES + 2 * 4 * (weights + 8 * TOKENS_AT_ONCE * max(inputs)) + 24 * max(inputs) ** 2
         per = min(machine.cores, int(machine.memory * (1 - ASSUMED["object store of a machine, share of its memory"]) // task))
         if not per:
-            return inf
+            return batches * batch * machine.speed / self._driver(machine)
         sent = max(self.text_bytes(tokens, count)) / machine.network
         # into the driver's store once a pass, and every result out of it
         states = 2 * 4.0 * TOKENS_AT_ONCE * self.model["hidden"]

@@ -31,7 +31,7 @@ from lplr.records import LayerRecord
 from lplr.stream.checkpoint import LayerPlan
 from lplr.stream.estimate import LIBRARIES, matrix_memory
 from lplr.stream.matrix import Made, Seen, compress_matrix
-from lplr.stream.workers import Begun, Pending, in_flight
+from lplr.stream.workers import Begun, Pending, here, in_flight
 
 T = TypeVar("T")
 
@@ -85,8 +85,10 @@ class Cluster:
     def spread(
         self, work: Callable[..., T], common: Sequence[Any], parts: Iterable[Sequence[Any]], *, memory: int, what: str
     ) -> Iterator[T]:
-        """See Workers; what is common is put into the object store once.  BackendError when no machine has the memory."""
-        task = self._task.options(memory=self._needed(what, memory))
+        """See Workers; what is common is put into the object store once.  The driver does what no machine has the memory for."""
+        if (needed := LIBRARIES + memory) > self._memory:
+            return here(work, common, parts)
+        task = self._task.options(memory=needed)
         handed = [self._ray.put(given) for given in common]
         return in_flight((self._job(task, what, work, *handed, *part) for part in parts), self.slots + 1)
 
@@ -95,19 +97,14 @@ class Cluster:
         self._open.add(ref)
         return _later(lambda: self._fetch(ref, what))
 
-    def _needed(self, what: str, memory: int) -> int:
-        """Bytes of a process for a task that takes so many; BackendError when no machine has them."""
-        needed = LIBRARIES + memory
-        if needed > self._memory:
-            raise BackendError(
-                f"{what} takes {needed / 2**30:.1f} GiB, the largest machine of the cluster has "
-                f"{self._memory / 2**30:.1f}: add a larger one, or use --engine local"
-            )
-        return needed
-
     def matrix(self, recipe: Recipe, p: LayerPlan, weight: Tensor, seen: Seen) -> Pending[Begun]:
         """See Workers; BackendError when no machine has the memory for it."""
-        needed = self._needed(f"{p.name} ({p.shape[0]} x {p.shape[1]})", matrix_memory(p.shape, moments=seen.H is not None))
+        needed = LIBRARIES + matrix_memory(p.shape, moments=seen.H is not None)
+        if needed > self._memory:
+            raise BackendError(
+                f"{p.name} ({p.shape[0]} x {p.shape[1]}) takes {needed / 2**30:.1f} GiB, the largest machine of the cluster has "
+                f"{self._memory / 2**30:.1f}: add a larger one, or use --engine local"
+            )
         sized = self._task.options(num_returns=2, memory=needed)
         moments = self._stored(seen.H), seen.G, self._stored(seen.step)
         f, rest = sized.remote(_machine(), self._threads, _factorized, recipe, p, weight, *moments, seen.note)

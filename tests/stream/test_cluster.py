@@ -90,10 +90,16 @@ def test_the_calibration_text_is_run_on_the_cluster(nodes: Any, tmp_path: Path, 
     assert timeless(tmp_path / "out") == timeless(tmp_path / "whole")
 
 
-def test_a_pass_that_no_machine_has_the_memory_for_is_refused_before_it_is_sent(workers: Cluster):
-    with pytest.raises(BackendError, match=r"a batch of .* takes .* GiB, the largest machine .* use --engine local"):
-        workers.spread(divmod, (7,), ((2,),), memory=1 << 50, what=calibrate.A_PASS)
-    assert list(workers.spread(divmod, (7,), ((2,), (3,)), memory=1 << 20, what="a division")) == [(3, 1), (2, 1)]
+def test_the_driver_does_what_no_machine_has_the_memory_for(workers: Cluster):
+    for memory, elsewhere in ((1 << 50, False), (1 << 20, True)):
+        made = list(workers.spread(process_of, (7,), ((2,), (3,)), memory=memory, what="a number"))
+        assert [number for number, _ in made] == [72, 73]
+        assert {process != os.getpid() for _, process in made} == {elsewhere}
+
+
+def process_of(tens: int, ones: int) -> tuple[int, int]:
+    """A number, and who made it."""
+    return 10 * tens + ones, os.getpid()
 
 
 def test_a_run_that_is_stopped_goes_on_with_either_engine(nodes: Any, tmp_path: Path):
