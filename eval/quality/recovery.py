@@ -14,6 +14,7 @@ other one at its default:
 
     ratio       perplexity of the GPTQ protocol (windows of --seqlen tokens, no BOS, float32) over that of the dense model
     tokens      that gradients were taken on, by blocks and of the whole model
+    resumed     whether another process had begun the run: seconds are those of the last one alone
     bits        of the run's own record: every stored bit of the compressed matrices over their weights
 
 Rows are merged by name into eval/results/recovery.json; with --scratch the folders are kept there, and a run that was stopped
@@ -99,6 +100,7 @@ def main() -> None:
             recipe = make_recipe({**chosen, **settings_of(stage, args)})
             with tempfile.TemporaryDirectory() as scratch:
                 folder = (args.scratch or Path(scratch)) / f"{stage}-{bits:g}-{Path(args.calibration).stem}"
+                resumed = folder.exists()
                 started, cpu = time.perf_counter(), time.process_time()
                 made = lplr.compress(recipe, folder)
                 took, used = time.perf_counter() - started, time.process_time() - cpu
@@ -114,6 +116,7 @@ def main() -> None:
                 "ratio": value / base,
                 "seconds": round(took),
                 "cpu_seconds": round(used),
+                "resumed": resumed,
                 "tokens": told,
             }
             rows[f"{stage} {bits:g} {calibration.name}"] = row
