@@ -147,7 +147,9 @@ def test_saved_again_it_is_the_same_file_and_a_network_too(tmp_path, monkeypatch
     assert one[ends[0] :] == two[ends[1] :]
     assert json.loads(one[8 : ends[0]]) == json.loads(two[8 : ends[1]])  # safetensors writes its metadata in any order
     alone = network.load(tmp_path / "one")
-    assert np.array_equal(alone(torch.from_numpy(NEW)).softmax(1).detach().numpy(), made.predict_proba(NEW))
+    # products of three terms in another memory: their last digits depend on the processor's instructions
+    found = alone(torch.from_numpy(NEW)).softmax(1).detach().numpy()
+    np.testing.assert_allclose(found, made.predict_proba(NEW), rtol=1e-12)
 
 
 def test_what_cannot_be_stored(tmp_path):
