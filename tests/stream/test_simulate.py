@@ -20,9 +20,9 @@ def costs(per_million: float) -> dict[str, Any]:
     return {"terms (1e6, 1e9, 1e9, 1e9)": dict.fromkeys(simulate.TERMS, 0.0) | {"n d": per_million}}
 
 
-def measured(bytes_a_second: float = inf, work: float = 1.0) -> dict[str, Any]:
+def measured(bytes_a_second: float = inf, work: float = 1.0, rate: float = 1e11) -> dict[str, Any]:
     parts = {"m, factorized": costs(0.75 * work), "m, certified": costs(0.25 * work), "c": costs(0.1 * work)}
-    rates = {"float32 products, operations": 1e10, "of a second moment, tokens d^2": 1e10, "pickled, bytes": bytes_a_second}
+    rates = {"float32 products, operations": rate, "of a second moment, tokens d^2": rate, "pickled, bytes": bytes_a_second}
     disk = {"read, bytes": bytes_a_second, "written with SHA-256, bytes": bytes_a_second}
     return {"processor seconds of a matrix": parts, "a second, one thread": rates, "a second, of the disk": disk}
 
@@ -60,7 +60,7 @@ def test_a_slow_network_is_what_a_run_takes():
 
 def test_more_of_anything_is_never_slower_by_more_than_an_order_of_jobs_can_make_it():
     for recipe in (PLAIN, CALIBRATED):
-        run = Run(MODEL, recipe, measured(1e9))
+        run = Run(MODEL, recipe, measured(1e9, rate=1e10))  # not where sending a block outlasts its passes: the last test
         times = [total(run, Machine(cores=4), count) for count in (1, 2, 4, 8, 16)]
         assert all(after <= 1.05 * before for before, after in zip(times, times[1:], strict=False))
         best = total(run, replace(Machine(cores=4), speed=2.0, network=inf, disk=2.0), 1)
@@ -97,8 +97,15 @@ def test_the_text_is_spread_over_machines_until_each_has_a_batch():
     assert [alone / t for t in more] == pytest.approx([2, 4, 16, 16])
     weights = 4 * 1024**2 + 3 * 1024 * 3072
     squares = 3 * 1024**2 + 3072**2
-    assert alone == pytest.approx(16 * 4096 * (5 * 2 * weights + 3 * squares) / 1e10)
+    assert alone == pytest.approx(16 * 4096 * (5 * 2 * weights + 3 * squares) / 1e11)
     # block and original to one other machine five times, eight batches of states; their moments, drifts and outputs back
     states = 8 * 2 * 4 * 4096 * 1024
     assert run.text_bytes(16 * 4096, 2) == pytest.approx((5 * (8 * weights + states), 8 * 2 * 4 * squares + states))
     assert run.text_bytes(16 * 4096, 1) == (0.0, 0.0)
+
+
+def test_where_products_are_faster_than_the_network_other_machines_slow_the_passes_down():
+    run = Run(MODEL, CALIBRATED, measured(rate=1e12))
+    alone, many = (run.text(16 * 4096, Machine(cores=4), count) for count in (1, 8))
+    assert many > 1.5 * alone
+    assert many == pytest.approx(max(run.text_bytes(16 * 4096, 8)) / Machine().network)
