@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from convex.oracles import random_problem
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
@@ -55,6 +55,7 @@ def test_projections_are_those_of_non_negative_least_squares(kind, n, d, seed):
 
 
 @given(**shapes, kind=st.sampled_from(["plain", "duplicates", "any signs"]))
+@example(n=13, d=5, seed=13, kind="plain")  # facets so nearly parallel that another last digit of a moves Pi(a) by 1.5e-9
 @settings(max_examples=40, deadline=None)
 def test_moreau(n, d, seed, kind):
     """a = p + q with p in K, <q, w> <= 0 for all w in K, <p, q> = 0; and Pi is idempotent, homogeneous and non-expansive."""
@@ -66,7 +67,7 @@ def test_moreau(n, d, seed, kind):
     others = cones.project(torch.randn(3, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), X, sign)
     assert ((q * others).sum(1) <= tiny * (1 + others.norm(dim=1))).all()
     torch.testing.assert_close(cones.project(p, X, sign), p, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(cones.project(1e6 * a, X, sign), 1e6 * p, rtol=1e-8, atol=1e-2 * tiny.item() * 1e6)
+    assert torch.equal(cones.project(2.0**20 * a, X, sign), 2.0**20 * p)  # to the bit: a power of two rounds nothing
     assert ((others - p).norm(dim=1) <= (others - a).norm(dim=1) + tiny).all()
 
 
