@@ -102,8 +102,8 @@ def demo(output: Path, bits: float, *, notify: Callable[[str], None], progress: 
     for folder in folders:
         lines.append(f"{PROMPT!r}, {folder.name}:  {_speak(load_model(folder), load_tokenizer(folder))!r}")
     lines += [
-        "An honest word on 1 bit: without recovery training no method's 1-bit model of this size is usable, and this one is not; "
-        "its certificates are exact all the same.",
+        "An honest word on 1 bit: tuned on this little text in these few minutes, a model of this size is not usable, by any "
+        "method; its certificates are exact all the same.",
         f"reports: {', '.join(str(folder / 'report.html') for folder in folders)}",
     ]
     return Shown(_ROWS, [_base_column(model, results[0]), *map(_column, folders, results)], lines)

@@ -18,6 +18,7 @@ Allocation = Literal["sensitivity", "uniform"]
 Sketch = Literal["gaussian", "srht", "sparse"]
 Grid = Literal["uniform", "normal_float", "lattice", "trellis"]
 
+USABLE = 2.0  # bits a weight below which no method's result is worth much without tuning
 RECIPE_LIMIT = 1 << 20  # bytes of a recipe's file
 
 # the widths in bits that each grid has, and every method; tests hold them equal to `kernels.levels.WIDTHS` and `factor.METHODS`
@@ -156,7 +157,7 @@ class Recipe(_Spec):
     nsamples: int = Field(default=128, ge=1)
     seqlen: int = Field(default=512, ge=8)
     propagation: float = Field(default=0.5, ge=0, le=1)
-    recovery: Annotated[Recovery, BeforeValidator(_preset)] = PRESETS["fast"]
+    recovery: Annotated[Recovery, BeforeValidator(_preset)] = PRESETS["balanced"]
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     modules_to_not_convert: tuple[str, ...] = ("lm_head", "embed_out", "score")
     rules: tuple[Rule, ...] = ()
@@ -186,9 +187,23 @@ class Recipe(_Spec):
             alternations=self.alternations,
         )
 
+    def untuned(self, calibrated: bool) -> str:
+        """What the user should know of a result that is tuned by nothing after rounding; empty where there is nothing to say."""
+        wanted = self.recovery.epochs or self.recovery.distill_epochs
+        if wanted and calibrated:
+            return ""
+        remedy = "recovery needs a calibration text, --dataset other than none" if wanted else "--preset balanced tunes it"
+        if self.bits < USABLE:
+            return f"nothing is tuned, and below {USABLE:g} bits such a result is not usable, by any method: {remedy}"
+        return f"nothing is tuned: {remedy}" if wanted and "recovery" in self.model_fields_set else ""
+
     def to_yaml(self) -> str:
-        """The recipe as a YAML file that `load_recipe` reads back; settings at their default are left out."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+        """The recipe as a YAML file that `load_recipe` reads back; settings at their default are left out, presets go by name."""
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        names = [name for name, meant in PRESETS.items() if meant == self.recovery]
+        if names and "recovery" in settings:
+            settings["recovery"] = names[0]
+        return yaml.safe_dump(settings, sort_keys=False)
 
 
 def quant_spec(bits: float, rounding: Rounding, grid: Grid = "uniform", ranges: Ranges = "rank") -> QuantSpec:

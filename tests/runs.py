@@ -15,7 +15,7 @@ from lplr.recipe import make_recipe
 from lplr.records import TIME_FIELDS
 from lplr.stream.compress import compress
 
-FAST = {"dataset": "none", "alternations": 0, "power_iterations": 0, "bits": 4}
+FAST = {"dataset": "none", "alternations": 0, "power_iterations": 0, "bits": 4, "recovery": "fast"}
 
 
 def settings(model: Path, **changes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from lplr.errors import RecipeError
 from lplr.factor import METHODS
@@ -68,8 +69,20 @@ def test_wrong_settings_are_told_by_their_path(settings: dict[Any, Any], named: 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_recovery_it_stands_for(name: str):
     assert make_recipe({"model": "m", "recovery": name}).recovery == PRESETS[name]
-    text = make_recipe({"model": "m", "recovery": name}).to_yaml()
-    assert ("recovery" in text) == (name != "fast")
+    kept = yaml.safe_load(make_recipe({"model": "m", "recovery": name}).to_yaml())
+    assert kept.get("recovery", "balanced") == name and ("recovery" in kept) == (name != "balanced")
+    assert make_recipe(kept).recovery == PRESETS[name]
+
+
+def test_what_is_tuned_by_nothing_says_what_it_is_worth():
+    def said(calibrated: bool = True, **settings: Any) -> str:
+        return make_recipe({"model": "m", **settings}).untuned(calibrated)
+
+    assert said(bits=1) == said(bits=4) == said(bits=4, recovery="fast") == ""
+    assert "below 2 bits such a result is not usable" in said(bits=1.9, recovery="fast")
+    assert "--preset balanced" in said(bits=1, recovery="fast")
+    assert said(bits=4, calibrated=False) == "" and "--dataset" in said(bits=1, calibrated=False)
+    assert "--dataset" in said(bits=4, recovery="best", calibrated=False)  # who asks for it is told that nothing comes of it
 
 
 def test_a_wrong_recovery_is_told_by_its_path():

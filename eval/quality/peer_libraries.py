@@ -112,7 +112,8 @@ def with_lplr(folder: str, rows: Tensor, settings: dict[str, Any]) -> tuple[Weig
     import lplr
     from lplr.recipe import make_recipe
 
-    recipe = make_recipe({"model": folder, "dataset": settings.pop("dataset"), "nsamples": len(rows), **settings})
+    text = {"dataset": settings.pop("dataset"), "nsamples": len(rows)}
+    recipe = make_recipe({"model": folder, **text, "recovery": "fast", **settings})
     lplr.compress(recipe, "compressed", progress=lambda done, total, what: None)
     weights, sizes = {}, {}
     for name, layer in lplr.load("compressed").named_modules():

@@ -12,9 +12,10 @@ This process puts the weights into the dense model:
     bits per weight = 8 * bytes of these tensors / number of weights of these layers
     perplexity      = of the GPTQ protocol (lplr.evaluate.perplexity): windows of `seqlen` tokens, no BOS, float32 throughout
 
-The rows of lplr are `lplr compress FOLDER --bits B --dataset CALIBRATION` with every other setting at its default, whatever the
-model: no training, no list of layers.  It, GPTQ (arXiv:2210.17323), auto-round and the importance matrices of llama.cpp are
-calibrated with 128 rows of 512 tokens (auto-round: the first 32 of them), packed from the calibration text by `lplr.hf.text`.
+The rows of lplr are `lplr compress FOLDER --bits B --dataset CALIBRATION --preset fast`, every other setting at its default,
+whatever the model: no training, no list of layers.  It, GPTQ (arXiv:2210.17323), auto-round and the importance matrices of
+llama.cpp are calibrated with 128 rows of 512 tokens (auto-round: the first 32 of them), packed from the calibration text by
+`lplr.hf.text`.
 Groups are of 64, where a library lets us choose: 576, the width of SmolLM2-135M, is no multiple of 128.  Rows are merged into
 eval/results/peers.json by name; the exit status is 1 if a row failed.
 """

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the compressed model there")
     args = parser.parse_args()
     watch()
-    settings = {"model": args.model, "dataset": args.dataset, "bits": args.bits, "nsamples": args.nsamples}
+    settings = {"model": args.model, "dataset": args.dataset, "bits": args.bits, "nsamples": args.nsamples, "recovery": "fast"}
     ends: dict[int, float] = {}
     seen: list[str] = []
 

@@ -48,7 +48,7 @@ Tuning = Annotated[
     typer.Option(
         metavar="NAME",
         help="Tuning after rounding, of blocks and then of the whole model: balanced, best, or fast, which is none: "
-        "at one bit its result is not usable. (fast)",
+        "below two bits its result is not usable. (balanced)",
         rich_help_panel="What to do (default: the recipe's, or the one shown)",
         show_default=False,
     ),

@@ -9,7 +9,6 @@ unbroken run.  config.json is written last: a folder without it is no model to a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -36,8 +35,9 @@ from lplr.stream.calibrate import Activations, advance, calibration_windows, emb
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored, open_checkpoint, plan_layers, unmatched_rules
 from lplr.stream.device import usable_device
 from lplr.stream.distill import clear, distill
+from lplr.stream.estimate import check_memory
 from lplr.stream.finish import finish_folder
-from lplr.stream.ledger import FORMAT_VERSION, Ledger, check_folder, open_ledger
+from lplr.stream.ledger import FORMAT_VERSION, Ledger, base_name, check_folder, identities, open_ledger
 from lplr.stream.matrix import Made, Seen, seeded, tuned
 from lplr.stream.meter import Meter, Progress, weights
 from lplr.stream.moments import InputMoments, Original, collect
@@ -118,8 +118,10 @@ class _Run:
         for left in checkpoint.view.unused():
             notify(f"tensor {left} of the checkpoint has no place in the model and is left out")
         tokens, calibration = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
-        if tokens is None and (recipe.recovery.epochs or recipe.recovery.distill_epochs):
-            notify("nothing is tuned: recovery needs a calibration text, --dataset other than none")
+        if told := recipe.untuned(tokens is not None):
+            notify(told)
+        if tokens is not None:
+            check_memory(checkpoint, plans, recipe)
         files = tokenizer_files(checkpoint.path)
         if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
             notify(f"{checkpoint.path.name} holds no tokenizer: the compressed folder will hold none either")
@@ -127,9 +129,9 @@ class _Run:
             "format_version": FORMAT_VERSION,
             "versions": {"lplr": lplr.__version__, "torch": torch.__version__, "transformers": version("transformers")},
             "recipe": recipe.model_dump(mode="json"),
-            "model": _base_name(checkpoint.path, recipe.model),
+            "model": base_name(checkpoint.path, recipe.model),
             "source": checkpoint.source.identity(),
-            "files": _identities(checkpoint.path, files),
+            "files": identities(checkpoint.path, files),
             "calibration": calibration,
             "threads": torch.get_num_threads(),
         }
@@ -384,16 +386,3 @@ class _Run:
         for name, content in self.files.items():
             write_atomic(self.ledger.folder / name, content)
         distill(self.checkpoint, self.recipe, rounded, self.ledger, self.tokens, self.device, then)
-
-
-def _base_name(path: Path, model: str) -> str:
-    """The name of the base model: a Hub id as given, else the folder's or file's own name, never a path."""
-    return path.resolve().name if Path(model).expanduser().exists() else model
-
-
-def _identities(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """SHA-256 of the source's small files, and whether they are copied; all of them change what a run makes."""
-    out = {name: {"sha256": hashlib.sha256(content).hexdigest(), "copied": True} for name, content in files.items()}
-    if path.is_dir() and (config := path / "config.json").is_file():
-        out["config.json"] = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest(), "copied": False}
-    return out

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
+import psutil
 import torch
 
 from lplr.errors import RecipeError
 
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may use, "max" where there is no limit
 KINDS = ("cpu", "cuda")  # others lack the float64 that the certificates need
 
 
@@ -25,6 +28,14 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise RecipeError(f"device {name!r} cannot be used ({reason}): choose cpu, or install a torch that has it") from None
     return device
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the device has in all; of the processor's memory, what the control group of this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    told = CONTAINER.read_text().strip() if CONTAINER.is_file() else ""
+    return min(psutil.virtual_memory().total, int(told) if told.isdigit() else 1 << 63)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

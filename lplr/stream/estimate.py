@@ -12,6 +12,7 @@ from math import floor, prod
 
 import torch
 
+from lplr.errors import RecipeError
 from lplr.factor.curves import MEASURED
 from lplr.factor.curves import ROWS as CURVE_ROWS
 from lplr.factor.double_binary import ITERATIONS
@@ -21,10 +22,11 @@ from lplr.recover.distill import TOKENS_AT_ONCE as HEAD_AT_ONCE
 from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.calibrate import ACTIVATION_LIMIT, TOKENS_AT_ONCE
 from lplr.stream.checkpoint import Checkpoint, LayerPlan, Stored
-from lplr.stream.device import product_dtype, usable_device
+from lplr.stream.device import memory_of, product_dtype, usable_device
 from lplr.stream.distill import KEPT, ROUNDED_AFTER, TOKENS_A_STEP, WIDTHS
 from lplr.stream.shards import shard_header, shard_name
 
+GIB = 1 << 30
 LIBRARIES = 600 << 20  # resident size of Python, torch and transformers before any weight is read
 # operations that the encoder of a grid takes for a weight, as many as matrix products do in its time (eval/results/grids.json)
 ENCODER = {"trellis": 3e4, "lattice": 8e3}
@@ -188,7 +190,7 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     largest = max((p.shape for p in plans), key=lambda shape: shape[0] * shape[1])
     n, d = largest
     matrix = matrix_memory(largest)
-    outside = max((4 * prod(view.shape(name)) for name in checkpoint.other_tensors()), default=0)
+    outside = _outside(checkpoint)
     if recipe.dataset == "none":
         return LIBRARIES + max(matrix, outside), 0
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
@@ -208,12 +210,34 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
         moments = sum(_moments_bytes(checkpoint, plans, weighted) for weighted in (False, True))
         measuring, files = _sensitivity_memory(checkpoint, recipe, moments + max(block + 2 * passing, matrix))
         most, on_disk = max(most, measuring), max(on_disk, files)
-    if recipe.recovery.distill_epochs:
-        each = 28 if recipe.recovery.lr else product_dtype(usable_device(recipe.device)).itemsize
-        weights = each * sum(prod(p.shape) for p in plans)
-        passed = min(KEPT, 4 * WIDTHS * max(TOKENS_A_STEP, recipe.seqlen) * hidden * len(checkpoint.stack))
-        most = max(most, weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE)
-    return LIBRARIES + most, on_disk
+    return LIBRARIES + max(most, _distillation_memory(checkpoint, plans, recipe)), on_disk
+
+
+def _distillation_memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> int:
+    """Peak bytes of the last stage of recovery, which holds all blocks at once; 0 without it."""
+    if not recipe.recovery.distill_epochs or recipe.dataset == "none":
+        return 0
+    each = 28 if recipe.recovery.lr else product_dtype(usable_device(recipe.device)).itemsize
+    weights = each * sum(prod(p.shape) for p in plans)
+    hidden = _hidden(checkpoint) or max(p.shape[1] for p in plans)
+    passed = min(KEPT, 4 * WIDTHS * max(TOKENS_A_STEP, recipe.seqlen) * hidden * len(checkpoint.stack))
+    return weights + passed + _outside(checkpoint) + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE
+
+
+def check_memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> None:
+    """RecipeError where the distillation, which alone holds the whole model, cannot fit into the memory of its device."""
+    needed, there = _distillation_memory(checkpoint, plans, recipe), memory_of(usable_device(recipe.device))
+    if needed > there:
+        raise RecipeError(
+            f"the last stage of recovery holds the whole model, about {needed / GIB:.1f} GiB, and {recipe.device} has "
+            f"{there / GIB:.1f} GiB: take --preset fast, a larger machine, or, in a recipe, `recovery: {{epochs: 1}}`, "
+            "which holds one block at a time"
+        )
+
+
+def _outside(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest tensor outside of the blocks, in float32."""
+    return max((4 * prod(checkpoint.view.shape(name)) for name in checkpoint.other_tensors()), default=0)
 
 
 def matrix_memory(shape: tuple[int, int], *, moments: bool = False) -> int:

@@ -44,6 +44,19 @@ def digest(entries: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+def base_name(path: Path, model: str) -> str:
+    """The name of the base model: a Hub id as given, else the folder's or file's own name, never a path."""
+    return path.resolve().name if Path(model).expanduser().exists() else model
+
+
+def identities(path: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """SHA-256 of the source's small files, and whether they are copied; all of them change what a run makes."""
+    out = {name: {"sha256": hashlib.sha256(content).hexdigest(), "copied": True} for name, content in files.items()}
+    if path.is_dir() and (config := path / "config.json").is_file():
+        out["config.json"] = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest(), "copied": False}
+    return out
+
+
 class Ledger:
     """run.jsonl of one output folder, held by this process until `close` (or the end of a `with` block)."""
 

@@ -78,7 +78,7 @@ def test_hessians_are_those_of_the_model_with_its_prefix_compressed(
     monkeypatch.setattr(workers, "compress_matrix", matrix)
     monkeypatch.setattr(compress, "calibration_windows", spy)
     chosen = {"dataset": str(source / "text.txt"), "nsamples": 6, "seqlen": 32, "alternations": 0, "bits": 3}
-    chosen["allocation"] = "uniform"
+    chosen |= {"allocation": "uniform", "recovery": "fast"}
     compress.compress(make_recipe({"model": str(source), **chosen}), tmp_path / "out")
     from lplr.hf.skeleton import blocks
     from lplr.nn import defuse

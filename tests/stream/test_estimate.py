@@ -17,6 +17,7 @@ from lplr.recipe import make_recipe
 from lplr.stream.allocation import ROWS, taking_part
 from lplr.stream.checkpoint import open_checkpoint, plan_layers
 from lplr.stream.compress import compress
+from lplr.stream.device import memory_of
 from lplr.stream.estimate import estimate, flops
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -115,6 +116,29 @@ def test_recovery_takes_time_and_room(tmp_path: Path):
     assert found[0][1] <= found[1][1] <= found[2][1] and found[3][1] <= found[2][1]
     none, tuned = (make_recipe({"model": str(source), "dataset": "none", "recovery": r}) for r in ("fast", "best"))
     assert flops(checkpoint, plan_layers(checkpoint, none), none) == flops(checkpoint, plan_layers(checkpoint, tuned), tuned)
+
+
+def test_a_model_that_distillation_cannot_hold_is_refused_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = checkpoints.write(tmp_path / "base", "llama")
+    chosen = {"model": str(source), "bits": 4, "dataset": str(source / "text.txt"), "nsamples": 6, "seqlen": 32}
+    monkeypatch.setattr("lplr.stream.estimate.memory_of", lambda _: 1000)
+    with pytest.raises(RecipeError, match=r"holds the whole model, about .* GiB, and cpu has .*: take --preset fast"):
+        compress(make_recipe(chosen), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for smaller in ({"recovery": {"epochs": 1}}, {"dataset": "none"}):
+        compress(make_recipe({**chosen, **smaller}), tmp_path / "-".join(smaller))
+
+
+def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cpu, told = torch.device("cpu"), tmp_path / "memory.max"
+    monkeypatch.setattr("lplr.stream.device.CONTAINER", told)
+    whole = memory_of(cpu)
+    assert whole > 1 << 28
+    for text, there in (("max\n", whole), ("123456\n", 123456), (f"{1 << 62}\n", whole)):
+        told.write_text(text)
+        assert memory_of(cpu) == there
 
 
 def test_long_calibration_goes_to_the_disk(tmp_path: Path):

@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(source: Path, **changes: Any) -> dict[str, Any]:
     text = {"dataset": str(source / "text.txt"), "nsamples": 4, "seqlen": 32}
-    return {"model": str(source), "bits": 4, "alternations": 1, "allocation": "uniform", **text, **changes}
+    return {"model": str(source), "bits": 4, "alternations": 1, "allocation": "uniform", "recovery": "fast", **text, **changes}
 
 
 def formats(folder: Path) -> dict[str, Any]:
