@@ -80,7 +80,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * gradients[0].float()).to(gradient.dtype), None, None
+        return gradient * gradients[0], None, None  # a number: the type stays
 
 
 def taught(hidden: Tensor, head: Callable[[Tensor], Tensor], told: Likeliest) -> Tensor:

@@ -165,7 +165,13 @@ class Applied(nn.Module):
     def _times(self, name: str, z: Tensor) -> Tensor:
         """z X^T for a part X with its scales."""
         row, col = (getattr(self, f"{name}_{scale}", None) for scale in SCALES)
-        z = z if col is None else z * col
         points = getattr(self, name)
-        y = nn.functional.linear(z, points if torch.is_autocast_enabled(z.device.type) else points.to(z.dtype))
-        return y if row is None else y * row
+        z = _scaled(z, col)
+        return _scaled(nn.functional.linear(z, points if torch.is_autocast_enabled(z.device.type) else points.to(z.dtype)), row)
+
+
+def _scaled(z: Tensor, scale: Tensor | None) -> Tensor:
+    """z * scale in the type of z, of which a wider scale would make a wider one; a single scale is a number, and not rounded."""
+    if scale is None:
+        return z
+    return z * (scale.reshape(()) if scale.numel() == 1 else scale.to(z.dtype))
