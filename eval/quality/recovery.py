@@ -86,7 +86,6 @@ def main() -> None:
     header = {
         "model": Path(args.model).name,
         "text": {"name": text.name, "sha256": text.sha256, "seqlen": args.seqlen, "windows": args.windows},
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": {p: metadata.version(p) for p in ("torch", "transformers")},
     }
     found = json.loads(TARGET.read_text()) if TARGET.is_file() else {}
@@ -118,8 +117,9 @@ def main() -> None:
                 "cpu_seconds": round(used),
                 "resumed": resumed,
                 "tokens": told,
+                "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
             }
-            rows[f"{stage} {bits:g} {calibration.name}"] = row
+            rows[f"{stage} {bits:g} {calibration.name} {args.nsamples} rows"] = row
             TARGET.write_text(json.dumps({**header, "perplexity": base, "rows": rows}, indent=1) + "\n")
             figures = f"{row['bits_per_weight']:7.4f} {stage:10} {calibration.name:28} {value:10.3f} {row['ratio']:8.3f}"
             print(f"{figures} {took:8.0f} {used:8.0f}  {told['blocks']:,} + {told['model']:,}", flush=True)
