@@ -60,7 +60,7 @@ def environment(*packages: str) -> Made:
 
 
 def compressed(bits: int, *options: str) -> Made:
-    command = f"lplr compress {{smol}} --bits {bits} --dataset {{c4}} -o {{to}} {' '.join(options)}"
+    command = f"lplr compress {{smol}} --bits {bits} --dataset {{c4}} --preset fast -o {{to}} {' '.join(options)}"
     return Made(command.strip(), "config.json", 40)
 
 

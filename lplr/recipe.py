@@ -192,10 +192,13 @@ class Recipe(_Spec):
         wanted = self.recovery.epochs or self.recovery.distill_epochs
         if wanted and calibrated:
             return ""
-        remedy = "recovery needs a calibration text, --dataset other than none" if wanted else "--preset balanced tunes it"
+        needed = [] if calibrated else ["a calibration text, --dataset other than none"]
+        needed += [] if wanted else ["`epochs` or `distill_epochs` in `recovery`, or --preset balanced"]
+        remedy = f"recovery needs {' and '.join(needed)}"
         if self.bits < USABLE:
             return f"nothing is tuned, and below {USABLE:g} bits such a result is not usable, by any method: {remedy}"
-        return f"nothing is tuned: {remedy}" if wanted and "recovery" in self.model_fields_set else ""
+        asked = "recovery" in self.model_fields_set and self.recovery != PRESETS["fast"]
+        return f"nothing is tuned: {remedy}" if asked else ""
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file that `load_recipe` reads back; settings at their default are left out, presets go by name."""

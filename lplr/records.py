@@ -35,9 +35,10 @@ class LayerRecord(BaseModel):
     """What was done to one matrix W (n x d) and how well.  Errors are Frobenius norms unless said otherwise.
 
     error is measured on the packed weights; certificate is an upper bound of it by another route (`factor.bounds`),
-    probe_certificate holds with probability 1 - probe_failure; bound is the a-priori one (None: no theorem
-    covers the method, see note); optimal is the Eckart-Young error at the same rank without quantization.
-    weighted_error is sqrt(tr(E H E^T) / tr(W H W^T)), the relative error of the layer's output on the calibration text.
+    probe_certificate holds with probability 1 - probe_failure; bound is the a-priori one (None: no theorem covers the method, see
+    note, or the matrix was tuned afterwards); optimal is the Eckart-Young error at the same rank without quantization.
+    weighted_error is sqrt(tr(E H E^T) / tr(W H W^T)), the relative error of the layer's output on the calibration text (None:
+    without such a text, or where the whole model was tuned afterwards).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

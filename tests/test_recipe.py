@@ -83,6 +83,9 @@ def test_what_is_tuned_by_nothing_says_what_it_is_worth():
     assert "--preset balanced" in said(bits=1, recovery="fast")
     assert said(bits=4, calibrated=False) == "" and "--dataset" in said(bits=1, calibrated=False)
     assert "--dataset" in said(bits=4, recovery="best", calibrated=False)  # who asks for it is told that nothing comes of it
+    assert "`epochs`" in said(bits=4, recovery={"scale_lr": 0.001})
+    both = said(bits=1, recovery="fast", calibrated=False)
+    assert "--dataset" in both and "--preset balanced" in both
 
 
 def test_a_wrong_recovery_is_told_by_its_path():

@@ -48,8 +48,8 @@ def settings_of(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a stage changes of a recipe."""
     step = {"lr": args.lr, "scale_lr": args.scale_lr}
     return {
-        "none": {"propagation": 0.0},
-        "absorbed": {},
+        "none": {"propagation": 0.0, "recovery": "fast"},
+        "absorbed": {"recovery": "fast"},
         "blocks": {"recovery": {"epochs": args.epochs, **step}},
         "distilled": {"recovery": {"epochs": args.epochs, "distill_epochs": args.distill_epochs, **step}},
     }[stage]

@@ -172,11 +172,15 @@ def _default_folder(recipe: Recipe) -> Path:
 
 def _dry_run(recipe: Recipe, allow_pickle: bool) -> None:
     from lplr.stream.checkpoint import open_checkpoint, plan_layers
-    from lplr.stream.estimate import estimate
+    from lplr.stream.estimate import check_memory, estimate
 
     checkpoint = open_checkpoint(recipe.model, recipe.revision, notice, allow_pickle=allow_pickle)
     plans = plan_layers(checkpoint, recipe)
     tables.plan(plans, estimate(checkpoint, plans, recipe))
+    try:
+        check_memory(checkpoint, plans, recipe)
+    except RecipeError as error:
+        notice(f"this run would be refused: {error}")
 
 
 @app.command("eval")

@@ -55,7 +55,7 @@ Without `import lplr`, pass `trust_remote_code=True`: the folder's `{shim}` then
 ## Every matrix
 
 Frobenius norms of the error over those of the matrix. The certificate is an upper bound computed from the packed weights, the
-bound one from the matrix alone, before it was compressed (`-`: no theorem covers the method).
+bound one from the matrix alone, before it was compressed (`-`: no theorem covers the method, or the matrix was tuned afterwards).
 
 {layers}
 

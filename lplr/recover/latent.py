@@ -171,7 +171,7 @@ class Applied(nn.Module):
 
 
 def _scaled(z: Tensor, scale: Tensor | None) -> Tensor:
-    """z * scale in the type of z, of which a wider scale would make a wider one; a single scale is a number, and not rounded."""
+    """z * scale in the type of z, of which a wider scale would make a wider one; a single scale is a number."""
     if scale is None:
         return z
     return z * (scale.reshape(()) if scale.numel() == 1 else scale.to(z.dtype))

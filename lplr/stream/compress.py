@@ -117,11 +117,11 @@ class _Run:
             notify(f"the rule {pattern!r} fits no matrix: patterns are for whole names such as {plans[0].name}")
         for left in checkpoint.view.unused():
             notify(f"tensor {left} of the checkpoint has no place in the model and is left out")
+        if not (folder / "config.json").is_file():  # else it is finished, and left as it is
+            check_memory(checkpoint, plans, recipe)
         tokens, calibration = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
         if told := recipe.untuned(tokens is not None):
             notify(told)
-        if tokens is not None:
-            check_memory(checkpoint, plans, recipe)
         files = tokenizer_files(checkpoint.path)
         if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for name in files):
             notify(f"{checkpoint.path.name} holds no tokenizer: the compressed folder will hold none either")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import torch
 
 from lplr.errors import RecipeError
 
-CONTAINER = Path("/sys/fs/cgroup/memory.max")  # bytes that a container may use, "max" where there is no limit
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 KINDS = ("cpu", "cuda")  # others lack the float64 that the certificates need
 
 
@@ -31,11 +32,25 @@ def usable_device(name: str) -> torch.device:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that the device has in all; of the processor's memory, what the control group of this process may use."""
+    """Bytes that the device has in all; of the processor's memory, what the control groups of this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    told = CONTAINER.read_text().strip() if CONTAINER.is_file() else ""
-    return min(psutil.virtual_memory().total, int(told) if told.isdigit() else 1 << 63)
+    return min(psutil.virtual_memory().total, *_limits())
+
+
+def _limits() -> Iterator[int]:
+    """Bytes that the control groups of this process, the outer ones too, may use: those of version 2, and of version 1."""
+    yield 1 << 63
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            root, name = (GROUPS, "memory.max") if not controllers else (GROUPS / "memory", "memory.limit_in_bytes")
+            if controllers not in ("", "memory"):
+                continue
+            inner = root / own.strip("/")
+            for folder in (inner, *inner.parents):
+                with suppress(OSError, ValueError):  # not there, or "max"
+                    yield int((folder / name).read_text())
 
 
 def product_dtype(device: torch.device) -> torch.dtype:

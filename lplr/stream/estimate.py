@@ -190,7 +190,7 @@ def _memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> t
     largest = max((p.shape for p in plans), key=lambda shape: shape[0] * shape[1])
     n, d = largest
     matrix = matrix_memory(largest)
-    outside = _outside(checkpoint)
+    outside = max((4 * prod(view.shape(name)) for name in checkpoint.other_tensors()), default=0)
     if recipe.dataset == "none":
         return LIBRARIES + max(matrix, outside), 0
     block = 4 * max(sum(prod(view.shape(n)) for n in checkpoint.block_tensors(i)) for i in range(len(checkpoint.stack)))
@@ -218,10 +218,15 @@ def _distillation_memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe:
     if not recipe.recovery.distill_epochs or recipe.dataset == "none":
         return 0
     each = 28 if recipe.recovery.lr else product_dtype(usable_device(recipe.device)).itemsize
-    weights = each * sum(prod(p.shape) for p in plans)
-    hidden = _hidden(checkpoint) or max(p.shape[1] for p in plans)
-    passed = min(KEPT, 4 * WIDTHS * max(TOKENS_A_STEP, recipe.seqlen) * hidden * len(checkpoint.stack))
-    return weights + passed + _outside(checkpoint) + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE
+    packed = recipe.bits / 8  # the codes, which stay beside
+    weights = sum(int((each + packed if p.format else 4) * prod(p.shape)) for p in plans)
+    hidden, count = _hidden(checkpoint) or max(p.shape[1] for p in plans), len(checkpoint.stack)
+    states = 4 * max(TOKENS_A_STEP, recipe.seqlen) * hidden  # of a batch, before each block
+    passed = WIDTHS * states * count
+    if passed > KEPT:  # then each block is run twice, and what passes through one of them is there at a time
+        passed = (WIDTHS + count) * states
+    outside = 4 * sum(prod(checkpoint.view.shape(name)) for name in checkpoint.other_tensors())
+    return weights + passed + outside + 4 * 6 * _vocabulary(checkpoint) * HEAD_AT_ONCE
 
 
 def check_memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe) -> None:
@@ -233,11 +238,6 @@ def check_memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe)
             f"{there / GIB:.1f} GiB: take --preset fast, a larger machine, or, in a recipe, `recovery: {{epochs: 1}}`, "
             "which holds one block at a time"
         )
-
-
-def _outside(checkpoint: Checkpoint) -> int:
-    """Bytes of the largest tensor outside of the blocks, in float32."""
-    return max((4 * prod(checkpoint.view.shape(name)) for name in checkpoint.other_tensors()), default=0)
 
 
 def matrix_memory(shape: tuple[int, int], *, moments: bool = False) -> int:

@@ -129,16 +129,29 @@ def test_a_model_that_distillation_cannot_hold_is_refused_before_anything_is_don
     assert not (tmp_path / "out").exists()
     for smaller in ({"recovery": {"epochs": 1}}, {"dataset": "none"}):
         compress(make_recipe({**chosen, **smaller}), tmp_path / "-".join(smaller))
+    monkeypatch.undo()
+    compress(make_recipe(chosen), tmp_path / "out")
+    monkeypatch.setattr("lplr.stream.estimate.memory_of", lambda _: 1000)
+    assert compress(make_recipe(chosen), tmp_path / "out")  # finished: left as it is
 
 
 def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    cpu, told = torch.device("cpu"), tmp_path / "memory.max"
-    monkeypatch.setattr("lplr.stream.device.CONTAINER", told)
+    cpu, own = torch.device("cpu"), tmp_path / "own"
+    monkeypatch.setattr("lplr.stream.device.GROUPS", tmp_path)
+    monkeypatch.setattr("lplr.stream.device.OWN_GROUPS", own)
     whole = memory_of(cpu)
     assert whole > 1 << 28
-    for text, there in (("max\n", whole), ("123456\n", 123456), (f"{1 << 62}\n", whole)):
-        told.write_text(text)
-        assert memory_of(cpu) == there
+    files = {"0::/job/step": "{}/memory.max", "3:cpu:/\n9:memory:/job/step": "memory/{}/memory.limit_in_bytes"}
+    for line, file in files.items():
+        own.write_text(f"{line}\n")
+        assert memory_of(cpu) == whole
+        for group in ("job/step", "job", "."):  # the outer groups count as well
+            told = tmp_path / file.format(group)
+            told.parent.mkdir(parents=True, exist_ok=True)
+            for text, there in (("max\n", whole), ("123456\n", 123456), (f"{1 << 62}\n", whole)):
+                told.write_text(text)
+                assert memory_of(cpu) == there
+            told.unlink()
 
 
 def test_long_calibration_goes_to_the_disk(tmp_path: Path):
