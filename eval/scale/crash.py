@@ -234,9 +234,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = checkpoints.write(Path(scratch) / "base", "llama", num_hidden_layers=args.layers)
         settings = {"model": str(source), "dataset": "none", "bits": 4, "alternations": 0, "power_iterations": 0}
-        settings["recovery"] = "fast"
         if args.calibrated:
-            settings |= {"dataset": str(source / "text.txt"), "nsamples": 2, "seqlen": 32, "bits": 2}
+            settings |= {"dataset": str(source / "text.txt"), "nsamples": 2, "seqlen": 32, "bits": 2, "recovery": "fast"}
         else:
             settings["allocation"] = "uniform"
         points, counts = campaign(settings, Path(scratch), every=args.every, kills=args.kills, seed=args.seed)

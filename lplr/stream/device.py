@@ -35,18 +35,17 @@ def memory_of(device: torch.device) -> int:
     """Bytes that the device has in all; of the processor's memory, what the control groups of this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return min(psutil.virtual_memory().total, *_limits())
+    return min((psutil.virtual_memory().total, *_limits()))
 
 
 def _limits() -> Iterator[int]:
     """Bytes that the control groups of this process, the outer ones too, may use: those of version 2, and of version 1."""
-    yield 1 << 63
     with suppress(OSError):
         for line in OWN_GROUPS.read_text().splitlines():
             _, controllers, own = line.split(":", 2)
-            root, name = (GROUPS, "memory.max") if not controllers else (GROUPS / "memory", "memory.limit_in_bytes")
             if controllers not in ("", "memory"):
                 continue
+            root, name = (GROUPS / "memory", "memory.limit_in_bytes") if controllers else (GROUPS, "memory.max")
             inner = root / own.strip("/")
             for folder in (inner, *inner.parents):
                 with suppress(OSError, ValueError):  # not there, or "max"
