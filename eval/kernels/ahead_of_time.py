@@ -120,7 +120,29 @@ def matmul(
     aligned = {"x", "out", "table", "codes", "row_scale", "col"}
     aligned |= {name for name, size in (("n", n), ("d", d), ("stride", d)) if size % 16 == 0}
     constants = plan.constants | {"COL": 1, "ROW": 1, "PARTS": parts}
+    constants |= {"m": 1} if tokens == 1 and plan.tokens > 1 else {}  # a size of one is compiled in, as a launch does it
     return plan, compiled(plan.kernel, signature, constants, aligned, target, num_warps=plan.warps, num_stages=plan.stages)
+
+
+def points(grid: str, bits: float, dtype: torch.dtype, target: int, n: int = 4096, d: int = 4096) -> tuple[gpu.Plan, Machine]:
+    """The kernel that writes points for the product with a prompt."""
+    plan = gpu.points_plan(n, d, grid, bits)
+    table = {"trellis": "*i32", "lattice": "*bf16"}.get(grid, "*fp32")
+    signature = dict.fromkeys(("first", "last", "d", "stride", "units"), "i32") | {"table": table}
+    signature |= {"codes": "*u8" if plan.constants["UNIT"] == 1 else "*i32", "out": f"*{TYPES[dtype]}"}
+    aligned = {"codes", "table", "out", "first", "last", "d", "stride"}
+    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    return plan, compiled(plan.kernel, signature, plan.constants, aligned, target, **options)
+
+
+def points_row(grid: str, bits: float, target: int) -> dict[str, Any]:
+    """Its line of the report: bytes read and written a weight."""
+    plan, machine = points(grid, bits, torch.bfloat16, target)
+    line = {"kernel": plan.kernel.__name__, "grid": grid, "bits": bits, "type": "bf16", "target": f"sm_{target}"}
+    line |= {**asdict(machine), "load_bytes": load_bytes(plan, bits, machine), "bytes_per_weight": bits / 8 + 2}
+    if target in CARD_OF:
+        line["occupancy"] = round(occupancy(machine, plan.warps, CARD_OF[target]), 3)
+    return line
 
 
 def load_bytes(plan: gpu.Plan, bits: float, machine: Machine) -> int:
@@ -236,6 +258,7 @@ def main() -> None:
                     continue
                 lines.append(row(grid, bits, tokens, dtype, target))
                 print(*(f"{key}={lines[-1].get(key)}" for key in SHOWN), flush=True)
+        lines += [points_row(grid, bits, target) for grid, bits in GRIDS]
         lines += [transform(p, target) for p in (64, 1024, 4096, 16384)]
         lines += [encoder_row(bits, target) for bits in WIDTHS["trellis"]]
     report: dict[str, Any] = {"note": "computed from machine code; nothing was run on a GPU", "triton": triton.__version__}

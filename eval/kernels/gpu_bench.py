@@ -4,7 +4,8 @@
 
 Every answer is checked against the torch form before it is timed, by CUDA graphs over as many matrices as no cache holds.
 Prints, for each shape and format: microseconds, the share of the copy bandwidth that reading the codes reaches (one token), and
-the speed over a bfloat16 linear layer of cuBLAS; for the encoder weights a second, and that over the torch form on the same GPU.
+the speed over a bfloat16 linear layer of cuBLAS; at one token also what a call from Python takes without a graph (`eager_us`).
+For the encoder: weights a second, and that over the torch form on the same GPU.
 `--formats` picks some.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from lplr.kernels.matmul import matmul, reference
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))
 FORMATS = (("uniform", 1.0), ("uniform", 2.0), ("uniform", 4.0), ("normal_float", 4.0))
 FORMATS += (("lattice", 2.0), ("trellis", 1.0), ("trellis", 2.0))
-TOKENS = (1, 4, 16, 512)
+TOKENS = (1, 4, 16, 64, 512)
 COLD = 256 << 20  # bytes that no cache holds
 
 
@@ -71,12 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("eval/results/kernels_gpu.json"))
     parser.add_argument("--formats", nargs="+", default=[f"{grid}:{bits:g}" for grid, bits in FORMATS], metavar="GRID:BITS")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="of the first so many")
     args = parser.parse_args()
     formats = [(grid, float(bits)) for grid, bits in (text.split(":") for text in args.formats)]
     bandwidth, generator = copy_bandwidth(), torch.Generator("cuda").manual_seed(0)
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e9:.0f} GB/s")
     lines = []
-    for n, d in SHAPES:
+    for n, d in SHAPES[: args.shapes]:
         W = torch.randn(n, d, device="cuda", dtype=torch.bfloat16, generator=generator)
         row, col = (torch.rand(size, device="cuda", generator=generator).bfloat16() for size in (n, d))
         dense, weights = {}, copies(W)
@@ -96,6 +99,8 @@ def main() -> None:
                 line = {"n": n, "d": d, "grid": grid, "bits": bits, "tokens": tokens, "us": mine}
                 line |= {"cublas_us": of_cublas, "error": error}
                 line |= {"over_cublas": of_cublas / mine, "of_bandwidth": codes.numel() / (mine * 1e-6) / bandwidth}
+                if tokens == 1:
+                    line["eager_us"] = do_bench(partial(matmul, x, codes, n, (grid, bits), row, col), rep=30) * 1e3
                 lines.append(line)
                 print(*(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()), flush=True)
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}

@@ -169,6 +169,7 @@ class LplrQuantizer(HfQuantizer):
                     raise VerificationError(f"tensor {layer}.{name} was not loaded: {_AGAIN}")
                 if tensor.is_floating_point() and tensor.dtype != SCALE_DTYPE:
                     setattr(module, name, tensor.to(SCALE_DTYPE))
+            module.follow()
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lplr.errors import BackendError
@@ -53,6 +54,15 @@ def form(op: str, reference: ModuleType, x: Tensor) -> Any:
     """The module whose functions serve x: the compiled one of x's device, else the reference, which runs on any."""
     found = {"cpu": compiled, "cuda": on_gpu}.get(x.device.type)
     return (found(op) if found else None) or reference
+
+
+def direct(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a form may be called past torch's dispatcher, which costs more than a small product: nothing is compiled, traced or
+    differentiated.  A subclass, such as a fake tensor, may hold no numbers to look at.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *others)))
 
 
 def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:

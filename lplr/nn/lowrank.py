@@ -37,7 +37,7 @@ class LowRankLinear(nn.Module):
         self.format = fmt
         self.out_features, self.in_features = fmt.shape
         self.dtype = dtype if dtype is not None else torch.get_default_dtype()
-        # no buffers: they are derived from the seeds, and small enough to follow x to its device
+        # no buffers: they are derived from the seeds, and follow the codes (`follow`)
         self._rotations = {
             "signs": rotation_signs(fmt.rotation, self.in_features) if fmt.rotation else None,
             "out_signs": rotation_signs(fmt.output_rotation, self.out_features) if fmt.output_rotation else None,
@@ -106,10 +106,17 @@ class LowRankLinear(nn.Module):
         else:
             layer = self._layer
             if layer is None or not all(map(is_, layer.stored, self._buffers.values())):
+                self.follow()
                 layer = self._layer = Layer(self._sizes, {**self.stored(), **self._rotations})
             y = layer(x)
         bias = self._parameters["bias"]  # what looks like self.bias is a search, as long as a small product
         return y if bias is None else y + bias.to(y.dtype)
+
+    def follow(self) -> None:
+        """Take the signs of the rotations to where the codes are: a copy in every product would bar it from CUDA graphs."""
+        device = next(iter(self.stored().values())).device
+        if device.type != "meta":
+            self._rotations = {name: None if t is None else t.to(device) for name, t in self._rotations.items()}
 
     def forget(self) -> None:
         """Drop what was made of the stored tensors to multiply with them, and holds them: the next product makes it again."""
@@ -132,6 +139,7 @@ class LowRankLinear(nn.Module):
         probe = fn(torch.empty(0, dtype=self.dtype, device=device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
+        self.follow()
         return self
 
     def extra_repr(self) -> str:

@@ -11,8 +11,8 @@ from lplr.kernels.matmul import gpu, reference
 from lplr.kernels.pack import pack
 
 GRIDS = [(grid, bits) for grid, widths in WIDTHS.items() for bits in widths]
-# (n, d, tokens): rows of bytes that 16, 4 and 1 divide, one token, a tile, several tiles, many parts
-SHAPES = [(37, 150, 1), (256, 1024, 1), (5, 1100, 1), (130, 257, 35)]
+# (n, d, tokens): rows of bytes that 16, 4 and 1 divide, one token, a tile, several tiles, many parts, a prompt
+SHAPES = [(37, 150, 1), (256, 1024, 1), (5, 1100, 1), (130, 257, 35), (130, 257, 65), (96, 512, 64)]
 
 
 def codes_of(n: int, d: int, grid: str, bits: float, generator: torch.Generator) -> Tensor:
@@ -54,7 +54,7 @@ def test_all_grids_and_widths(grid: str, bits: float, n: int, d: int, tokens: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [0, 1, 17])
+@pytest.mark.parametrize("tokens", [0, 1, 17, 66])
 def test_types_and_scales(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(tokens)
     n, d = 40, 141
@@ -68,7 +68,7 @@ def test_types_and_scales(dtype: torch.dtype, tokens: int, device: torch.device)
             check(gpu.matmul(x, *args), x, *args)
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [1, 5, 64])
 @pytest.mark.parametrize("grid, bits", GRIDS)
 def test_narrow_columns(grid: str, bits: float, tokens: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -97,6 +97,20 @@ def test_the_start_of_a_trellis_is_its_history() -> None:
         for i in range(reach):
             state = (state << code.step_bits) | ((word >> (32 - code.step_bits * (reach - i))) & ((1 << code.step_bits) - 1))
         assert state & 0xFFF == code.start
+
+
+def test_a_prompt_meets_the_points_of_some_rows_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(64, 50, generator=generator).to(device)
+    row = torch.rand(300, generator=generator).bfloat16().to(device)
+    for grid, bits in (("uniform", 3.0), ("normal_float", 2.0), ("lattice", 3.0), ("trellis", 2.5)):
+        codes = codes_of(300, 50, grid, bits, generator).to(device)
+        args = (codes, 300, (grid, bits), row, None, None, 0)
+        monkeypatch.setattr(gpu, "AT_ONCE", 1 << 24)
+        whole = gpu.matmul(x, *args)
+        monkeypatch.setattr(gpu, "AT_ONCE", 1)
+        check(gpu.matmul(x, *args), x, *args)
+        check(whole, x, *args)
 
 
 def test_the_same_numbers_every_time(device: torch.device) -> None:

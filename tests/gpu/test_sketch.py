@@ -12,7 +12,7 @@ from lplr.kernels.sketch import gpu, reference
 @pytest.mark.parametrize("n, d, m", [(1, 1, 1), (70, 45, 33), (5, 130, 100), (0, 4, 3)])
 def test_sign_sketch(n: int, d: int, m: int, dtype: torch.dtype, device: torch.device) -> None:
     A = torch.randn(n, d, generator=torch.Generator().manual_seed(d)).to(device, dtype)
-    for seed in (0, 7, (1 << 62) + 12345):
+    for seed in (0, 1, 7, (1 << 62) + 12345):
         y = gpu.sign_sketch(A, m, seed)
         want = reference.sign_sketch(A.cpu().double(), m, seed)
         assert y.dtype == dtype and y.shape == (n, m)

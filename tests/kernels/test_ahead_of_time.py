@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from eval.kernels.ahead_of_time import CARDS, GRIDS, compiled, encoder, load_bytes, matmul, row, transform
+from eval.kernels.ahead_of_time import CARDS, GRIDS, compiled, encoder, load_bytes, matmul, points, row, transform
 from lplr.kernels import trellis
 from lplr.kernels.levels import WIDTHS
 from lplr.kernels.round_pack import gpu as round_pack
@@ -45,6 +45,16 @@ def test_many_tokens(grid: str, bits: float, dtype: torch.dtype) -> None:
         _, machine = matmul(grid, bits, tokens, dtype, TARGETS[-1])
         assert machine.spills == machine.stack == 0 and machine.shared <= SHARED
         assert any("128" in name for name in machine.loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("grid, bits", [(grid, bits) for grid, widths in WIDTHS.items() for bits in (widths[0], widths[-1])])
+def test_points(grid: str, bits: float, target: int, dtype: torch.dtype) -> None:
+    plan, machine = points(grid, bits, dtype, target)
+    assert machine.spills == machine.stack == 0 and machine.shared <= SHARED
+    assert load_bytes(plan, bits, machine) == (8 if grid == "trellis" and bits % 1 else 16)
 
 
 @pytest.mark.parametrize("target", TARGETS)

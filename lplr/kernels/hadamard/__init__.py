@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lplr.kernels.backend import form
+from lplr.kernels.backend import direct, form
 from lplr.kernels.hadamard import reference
 from lplr.kernels.hadamard.reference import rotation_signs
 
@@ -17,7 +17,7 @@ def hadamard(x: Tensor) -> Tensor:
 
     H is symmetric and H H = I, so the transform is its own inverse, and its own derivative.  Raises ValueError on any other size.
     """
-    return _hadamard(x)
+    return form("hadamard", reference, x).hadamard(x) if direct(x) else _hadamard(x)
 
 
 @torch.library.custom_op("lplr::hadamard", mutates_args=())

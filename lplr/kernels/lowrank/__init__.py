@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lplr.kernels.backend import compiled, form
+from lplr.kernels.backend import compiled, direct, form
 from lplr.kernels.lowrank import op, reference
 
 __all__ = ["Layer", "lowrank_linear"]
@@ -20,14 +20,9 @@ def lowrank_linear(x: Tensor, **layer: Any) -> Tensor:
     Through the op lplr::lowrank_linear where something is to be compiled or differentiated, else straight to the form that
     serves x: the op costs more than a small layer.  float64 is for checks, and left to autograd.
     """
-    # a subclass, such as a fake tensor, may hold no numbers to look at
-    if torch.compiler.is_compiling() or type(x) is not Tensor or (torch.is_grad_enabled() and _differentiated(x, layer)):
+    if not direct(x, *layer.values()):
         return op.lowrank_linear(x, **layer) if x.dtype != torch.float64 else reference.lowrank_linear(x, **layer)
     return form("lowrank", reference, x).lowrank_linear(x, **layer)
-
-
-def _differentiated(x: Tensor, layer: dict[str, Any]) -> bool:
-    return x.requires_grad or any(isinstance(v, Tensor) and v.requires_grad for v in layer.values())
 
 
 class Layer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lplr.kernels.backend import form
+from lplr.kernels.backend import direct, form
 from lplr.kernels.matmul import reference
 
 __all__ = ["matmul"]
@@ -36,6 +36,8 @@ def matmul(
     float16 (float64 takes the torch form, which is the only one that is so exact).  Tensor cores multiply bfloat16; float16 and
     float32 are taken as sums of two and three such numbers, and with them NormalFloat levels as sums of two.
     """
+    if direct(x, row, col):
+        return form("matmul", reference, x).matmul(x, codes, n, (grid[0], float(grid[1])), row, col, narrow_codes, narrow)
     return _matmul(x, codes, n, grid[0], float(grid[1]), row, col, narrow_codes, narrow)
 
 

@@ -1,7 +1,8 @@
 """The Triton kernels of `kernels.matmul`: one token of the uniform grid, or a tile of tokens, of codes stored by rows or columns.
 
 All sum over a part of the d inputs (split-K) in float32.  With one part the result is scaled and stored; with several, each
-stores its sums, and `finish` adds them in a fixed order: the same numbers every time.
+stores its sums, and `finish` adds them in a fixed order: the same numbers every time.  For a prompt, `points_*` write some rows
+of the matrix for another product.
 """
 
 # a compile-time constant is an int where it is passed and a `constexpr` where it is used:
@@ -111,7 +112,8 @@ def store_tile(y, row_scale, out, token, m, row, n, part, ROW: tl.constexpr, PAR
     seen = (token < m)[:, None] & (row < n)[None, :]
     place = (token - first)[:, None] * n + row[None, :]
     rows = tl.broadcast_to(row[None, :], y.shape)
-    store(y, row_scale, out + first.to(tl.int64) * n, place, rows, seen, part, m.to(tl.int64) * n, ROW, PARTS)
+    size = tl.full([], 1, tl.int64) * m * n  # a size of one is a number of the compiler's, not a tensor
+    store(y, row_scale, out + first.to(tl.int64) * n, place, rows, seen, part, size, ROW, PARTS)
 
 
 @triton.jit
@@ -174,6 +176,55 @@ def tile_trellis(
         points = trellis_points(words, states, STEP, ENTRIES)
         sums = multiply(tl.trans(points), tile, sums, PIECES, True)
     store_tile(tl.trans(sums) * ratio, row_scale, out, token, m, row, n, part + tl.program_id(2), ROW, PARTS)
+
+
+@triton.jit
+def store_points(points, out, along, across, seen_along, seen_across, stride):
+    """Points (r, k) at rows `along` and columns `across` of out, whose rows are `stride` apart."""
+    place = along.to(tl.int64)[:, None] * stride + across[None, :]
+    tl.store(out + place, points.to(out.dtype.element_ty), mask=seen_along[:, None] & seen_across[None, :])
+
+
+@triton.jit
+def points_rows(
+    codes, table, out, first, last, d, stride, units,
+    GRID: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The points of rows first .. last - 1 by rows of out, a tile (ROWS, 32 WIDE) a program."""
+    at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * (32 * WIDE) + tl.arange(0, 32 * WIDE)
+    words = load_groups(codes, first + at, first + at < last, tl.program_id(1), units, UNIT, BITS, WIDE, 1)
+    store_points(row_points(words, table, GRID, BITS, WIDE), out, at, column, first + at < last, column < d, stride)
+
+
+@triton.jit
+def points_lattice(
+    codes, table, out, first, last, d, stride, units,
+    BITS: tl.constexpr, UNIT: tl.constexpr, VECTORS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, SHIFT: tl.constexpr, EVEN_2: tl.constexpr, SHIFT_2: tl.constexpr,
+):  # fmt: skip
+    """The same by columns of out, a tile (COLUMNS, VECTORS * 8) a program; VECTORS * 8 divides `first`."""
+    at = tl.program_id(0) * (VECTORS * 8) + tl.arange(0, VECTORS * 8)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    group = first // (VECTORS * 8) + tl.program_id(0)
+    points = lattice_points(
+        codes, column, column < d, group, units, table, UNIT, BITS, VECTORS, 1, EVEN, SHIFT, EVEN_2, SHIFT_2
+    )
+    store_points(points, out, column, at, column < d, first + at < last, stride)
+
+
+@triton.jit
+def points_trellis(
+    codes, table, out, first, last, d, stride, units,
+    STEP: tl.constexpr, ENTRIES: tl.constexpr, HISTORY: tl.constexpr, UNIT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """As `points_lattice`; 128 divides `first`."""
+    at = tl.program_id(0) * 128 + tl.arange(0, 128)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    states = tl.load(table + tl.arange(0, 4096))
+    words = trellis_words(codes, column, column < d, first // 128 + tl.program_id(0), units, UNIT, STEP, ENTRIES, 1, HISTORY)
+    points = trellis_points(words, states, STEP, ENTRIES)
+    store_points(points, out, column, at, column < d, first + at < last, stride)
 
 
 @triton.jit
