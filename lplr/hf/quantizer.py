@@ -172,7 +172,7 @@ class LplrQuantizer(HfQuantizer):
             module.follow()
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """None: a compressed folder names its tensors as the model does, so loading and saving change nothing."""
         return []
 
