@@ -113,6 +113,36 @@ def test_threads_change_nothing(grid: tuple[str, float], tokens: int, threads: i
     torch.testing.assert_close(cpu.lowrank_linear(x, **arguments), alone, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("tokens", [1, 8, cpu.FEW, cpu.FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_prompt_is_one_call(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, x = layer(140, 97, ("uniform", 1.0), rank=70, rotated=True), inputs(tokens, 97).to(dtype)
+    calls: list[int] = []
+    monkeypatch.setattr(cpu, "layer", lambda *given, one=cpu.layer: calls.append(given[2]) or one(*given))
+    y = cpu.lowrank_linear(x, **arguments)
+    assert distance(y, reference.lowrank_linear(x.double(), **arguments)) <= 2 * BOUND[dtype]
+    assert calls == ([tokens] if tokens <= cpu.FEW else [])
+    x[tokens - 1, 3] = float("inf")
+    assert torch.equal(cpu.lowrank_linear(x, **arguments).isnan(), reference.lowrank_linear(x, **arguments).isnan())
+
+
+@pytest.mark.parametrize("narrow", [0, 11])
+def test_a_record_points_at_what_its_plan_keeps(narrow: int) -> None:
+    arguments = layer(40, 50, ("uniform", 2.0), narrow=narrow, rotated=True)
+    cpu.lowrank_linear(inputs(1, 50), **arguments)
+    plan = cpu._PLANS[id(arguments["q_codes"])][1]
+    d, n, signs, out_signs = plan.record[:4].tolist()
+    assert (d, n, signs, out_signs) == (50, 40, plan.signs.ctypes.data, plan.out_signs.ctypes.data)
+    for place, part in zip(plan.record[4:].reshape(4, -1), plan.parts, strict=True):
+        if part is None:
+            assert not place.any()
+        else:
+            fields, codes, words, row, col = part.matrix
+            assert place[:8].tolist() == fields.tolist()
+            assert place[[8, 11, 13, 15]].tolist() == [a.ctypes.data for a in (codes, words, row, col)]
+            assert place[[9, 10, 12, 14, 16]].tolist() == [*codes.shape, len(words), len(row), len(col)]
+
+
 @pytest.mark.parametrize("shape", [(97,), (0, 97), (2, 0, 97), (2, 3, 97)])
 @pytest.mark.parametrize("dtype", BOUND)
 def test_leading_sizes_and_strides(shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -42,7 +42,7 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (..., n) of x (..., d)."""
-        if not torch.is_grad_enabled() and type(x) is Tensor and x.device.type == "cpu":
+        if not torch.is_grad_enabled() and type(x) is Tensor and x.is_cpu:
             versions = [t._version for t in self._there] if self._counted else []
             if versions != self._versions:
                 module = compiled("lowrank")

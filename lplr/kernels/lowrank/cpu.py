@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
 from lplr.kernels.lowrank import columns, reference, rows
-from lplr.kernels.lowrank.layer import ABSENT, BY_ROW, Matrix, feed, layer, matrix, points, product, rotate, units
+from lplr.kernels.lowrank.layer import BY_ROW, Matrix, feed, layer, matrix, points, product, record, rotate, units
 
 FEW = 16  # tokens up to which a product is always made row by row, or column by column
 FEW_BY_COLUMN = 4  # of the grids by columns
@@ -70,7 +70,9 @@ class Plan:
     signs: np.ndarray
     out_signs: np.ndarray
     parts: tuple[Part | None, Part | None, Part | None, Part | None]  # R, L, Q, the narrow columns of Q
-    arguments: tuple[np.ndarray, ...]
+    record: np.ndarray  # of signs, out_signs and parts, for `layer`
+    record_at: int
+    few: int  # tokens up to which `layer` serves
     cost: int  # of a token, in entries of a grid by rows
 
 
@@ -178,24 +180,26 @@ def _made(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) ->
     if not any(found) or signs.shape[1] not in (0, d) or out_signs.shape[1] not in (0, n):
         return None
     parts = [None if f is None else Part(matrix(f[0], f[1], *f[2], *f[3:]), f[0], *f[2]) for f in found]
-    arguments = tuple(array for part in parts for array in (ABSENT if part is None else part.matrix))
-    return signs, out_signs, tuple(parts), arguments, sum(part.cost for part in parts if part is not None)
+    known = [part for part in parts if part is not None]
+    few = FEW_BY_COLUMN if any(part.grid in BY_COLUMN for part in known) else FEW
+    numbers = record(d, n, signs, out_signs, [None if part is None else part.matrix for part in parts])
+    return signs, out_signs, tuple(parts), numbers, numbers.ctypes.data, few, sum(part.cost for part in known)
 
 
 def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     """y (..., n) in x's dtype; None where the tables have no number for an activation."""
-    *lead, d = x.shape
-    if d != plan.key[-1]:
+    d = plan.key[-1]
+    shape = x.shape
+    if shape[-1] != d:
         return None
+    y = torch.empty((*shape[:-1], plan.n), dtype=x.dtype)  # x.new_empty takes twice as long
     tokens = x.numel() // d
-    half = x.dtype is torch.bfloat16
-    y = torch.empty(*lead, plan.n, dtype=x.dtype)
     if tokens == 0:
         return y
+    half = x.dtype is torch.bfloat16
     alone = plan.cost * tokens < WORTH_THREADS or torch.get_num_threads() == 1
-    if alone and tokens <= FEW_BY_COLUMN and x.dtype is not torch.float16 and x.is_contiguous():
-        fit = layer(x.data_ptr(), y.data_ptr(), tokens, d, plan.n, half, plan.signs, plan.out_signs, *plan.arguments)
-        return y if fit else None
+    if alone and tokens <= plan.few and (half or x.dtype is torch.float32) and x.is_contiguous():
+        return y if layer(x.data_ptr(), y.data_ptr(), tokens, half, plan.record_at) else None
     inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     out = y.view(-1, plan.n)
     found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n)

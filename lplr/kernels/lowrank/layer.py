@@ -6,14 +6,16 @@ then the code of `columns`).  The same functions, one product at a time, serve m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from lplr.kernels import levels, normal_float
 from lplr.kernels.backend import jit
 from lplr.kernels.lowrank import columns, rows
-from lplr.kernels.lowrank.vectors import GROUPS, LANES, TABLE, TILE, float_at, half_at, put_float, put_half
+from lplr.kernels.lowrank.vectors import GROUPS, LANES, TABLE, TILE, float_at, half_at, pointer, put_float, put_half
 
 NOTHING, BY_ROW, BY_COLUMN = 0, 1, 2
 _compile = jit("contract")
@@ -21,8 +23,8 @@ _UNIT = columns.UNIT
 _blocks, _prepare, _by_row, _by_column = rows.blocks_of, rows.prepare, rows.multiply, columns.multiply
 
 Matrix = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-_ONE = np.ones(1, np.float32)
-ABSENT: Matrix = (np.zeros(8, np.int64), np.zeros((1, 1), np.uint8), np.zeros(0, np.uint32), _ONE, _ONE)
+_FIELDS = 8
+_HEAD, _PLACE = 4, _FIELDS + 9  # numbers of a `record` before its matrices, and of each of them
 
 
 def points(grid: str, bits: float) -> np.ndarray:
@@ -140,9 +142,32 @@ def product(
         _by_column(numbers[:, 0], codes, fields[4:], words, fields[1], row, y, add, first, last)
 
 
+def record(d: int, n: int, signs: np.ndarray, out_signs: np.ndarray, matrices: Sequence[Matrix | None]) -> np.ndarray:
+    """All that `layer` has to know of R, L, Q and the narrow columns of Q in one array of int64, addresses of their arrays
+    among it: who keeps it keeps them.  Signs (2, 0): no rotation.
+
+    (d, n, signs or 0, out signs or 0), then for each matrix its fields, all 0 where it is absent, codes and their two sizes,
+    words, row and column scale with the size of each.
+    """
+    out = np.zeros(_HEAD + _PLACE * len(matrices), np.int64)
+    out[:2] = d, n
+    out[2:_HEAD] = [s.ctypes.data if s.shape[1] else 0 for s in (signs, out_signs)]
+    for place, matrix in zip(out[_HEAD:].reshape(-1, _PLACE), matrices, strict=True):
+        if matrix is not None:
+            fields, codes, *vectors = matrix
+            assert all(a.flags.c_contiguous for a in matrix)
+            place[:_FIELDS] = fields
+            place[_FIELDS:] = codes.ctypes.data, *codes.shape, *(x for v in vectors for x in (v.ctypes.data, len(v)))
+    return out
+
+
 @_compile
-def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: Any, add: bool, passes: int) -> bool:
-    fit, tables, numbers = feed(x, fields, col, passes)
+def _times(record: Any, which: int, x: Any, y: Any, add: bool, passes: int) -> bool:
+    """y (t, n), set or added to, of x (t, d) for a matrix of a record; False when an activation is not finite."""
+    p = record[_HEAD + _PLACE * which : _HEAD + _PLACE * (which + 1)]
+    fields, codes = p[:_FIELDS], carray(pointer(p[8]), (p[9], p[10]), np.uint8)
+    words, row = carray(pointer(p[11]), (p[12],), np.uint32), carray(pointer(p[13]), (p[14],), np.float32)
+    fit, tables, numbers = feed(x, fields, carray(pointer(p[15]), (p[16],), np.float32), passes)
     unit = TILE if fields[0] == BY_ROW else _UNIT
     if fit:
         product(tables, numbers, fields, codes, words, row, y, add, 0, (fields[1] + unit - 1) // unit)
@@ -150,37 +175,34 @@ def _whole(x: Any, fields: Any, codes: Any, words: Any, row: Any, col: Any, y: A
 
 
 @_compile
-def layer(
-    x_at: int, y_at: int, tokens: int, d: int, n: int, half: bool, signs: Any, out_signs: Any,
-    rf: Any, rc: Any, rw: Any, rr: Any, rs: Any, lf: Any, lc: Any, lw: Any, lr: Any, ls: Any,
-    qf: Any, qc: Any, qw: Any, qr: Any, qs: Any, nf: Any, nc: Any, nw: Any, nr: Any, ns: Any,
-) -> bool:  # fmt: skip
-    """y (tokens, n) of x (tokens, d), contiguous, from address to address, bfloat16 (`half`) or float32, for the matrices R, L,
-    Q and the narrow columns of Q; False when an activation is not finite and y is not written.  Signs (2, 0): no rotation.
+def layer(x_at: int, y_at: int, tokens: int, half: bool, record_at: int) -> bool:
+    """y (tokens, n) of x (tokens, d), contiguous, bfloat16 (`half`) or float32, for a `record`; False when an activation is not
+    finite and y is not written.
 
-    Addresses, because to look at two arrays more would cost as much as a small layer.
+    All three by address: to look at two dozen arrays would add 2 us to the 5 us of a small layer (192 x 576, 1 bit).
     """
+    record = carray(pointer(record_at), (_HEAD + 4 * _PLACE,), np.int64)
+    d, n = record[0], record[1]
     x, y = np.empty((tokens, d), np.float32), np.empty((tokens, n), np.float32)
     for t in range(tokens):
         for j in range(d):
             x[t, j] = half_at(x_at + 2 * (t * d + j)) if half else float_at(x_at + 4 * (t * d + j))
     passes = 1 if half else 2
     fit, add = True, False
-    if signs.shape[1]:
-        rotate(x, signs, False)
-    if rf[0]:
-        z = np.empty((tokens, rf[1]), np.float32)
-        fit = _whole(x, rf, rc, rw, rr, rs, z, False, passes) and _whole(z, lf, lc, lw, lr, ls, y, False, passes)
+    if record[2]:
+        rotate(x, carray(pointer(record[2]), (2, d), np.float32), False)
+    if record[_HEAD]:
+        z = np.empty((tokens, record[_HEAD + 1]), np.float32)
+        fit = _times(record, 0, x, z, False, passes) and _times(record, 1, z, y, False, passes)
         add = True
-    if qf[0]:
-        fit = fit and _whole(x, qf, qc, qw, qr, qs, y, add, passes)
-        add = True
-    if nf[0]:
-        fit = fit and _whole(x, nf, nc, nw, nr, ns, y, add, passes)
+    for which in (2, 3):
+        if record[_HEAD + _PLACE * which]:
+            fit = fit and _times(record, which, x, y, add, passes)
+            add = True
     if not fit:
         return False
-    if out_signs.shape[1]:
-        rotate(y, out_signs, True)
+    if record[3]:
+        rotate(y, carray(pointer(record[3]), (2, n), np.float32), True)
     for t in range(tokens):
         for i in range(n):
             if half:

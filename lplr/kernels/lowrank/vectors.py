@@ -168,6 +168,16 @@ def as_float(context: Any, bits: Any) -> Any:
 
 
 @_instruction
+def pointer(context: Any, address: Any) -> Any:
+    """An address as a pointer, for `numba.carray`."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], _I8.as_pointer())
+
+    return types.voidptr(types.int64), generate
+
+
+@_instruction
 def half_at(context: Any, address: Any) -> Any:
     """The float32 that the two bytes at an address stand for as bfloat16."""
 
