@@ -166,7 +166,7 @@ def _read_lattice(bits: int, second: bool, codes: Any, words: Any, out: Any, uni
 
 
 @_compile
-def _fetch(row: Any, start: int, count: int, history: int, out: Any) -> None:
+def fetch(row: Any, start: int, count: int, history: int, out: Any) -> None:
     """Bytes start - AHEAD .. start + count of a column, and AHEAD more, into out: the history before them, zeros behind."""
     for i in range(AHEAD):
         at = start - AHEAD + i
@@ -182,20 +182,25 @@ def _decode(code: Any, row: Any, words: Any, first: int, units: int, second: boo
     """`units` units of a column, from unit `first` on, into out (8 words a unit); code = (lattice?, place or bits, half bytes a
     unit, history)."""
     count = units * code[2]
-    _fetch(row, first * code[2], count, code[3], held)
+    fetch(row, first * code[2], count, code[3], held)
     if code[0]:
         _read_lattice(code[1], second, held[AHEAD:], words, out, units)
     else:
         _read_trellis(code[1], held.ctypes.data + AHEAD, words, out, units)
 
 
-def _adder(step_bits: int, entries: int) -> Callable[..., None]:
-    """add(address of the codes of four columns, bytes from one to the next, words, x, even, odd, units): for a trellis."""
+def windows_of(step_bits: int, entries: int) -> tuple[int, int, int, int, bool]:
+    """(bytes before a unit where its first window starts, then constants of `vectors.windows`)."""
     reach, width, both = _window(step_bits, entries)
-    up = step_bits * (2 if both and entries == 1 else 1)
     behind = step_bits * (reach - 1)
     back = -(-behind // 8)
-    low, advance = 8 * back - behind, up if both else 2 * up
+    return back, step_bits * (2 if both and entries == 1 else 1), 8 * back - behind, width, both
+
+
+def _adder(step_bits: int, entries: int) -> Callable[..., None]:
+    """add(address of the codes of four columns, bytes from one to the next, words, x, even, odd, units): for a trellis."""
+    back, up, low, width, both = windows_of(step_bits, entries)
+    advance = up if both else 2 * up
 
     def add(address: int, stride: int, words: int, x: int, even: int, odd: int, units: int) -> None:
         for i in range(units):
@@ -279,7 +284,7 @@ def multiply(x: Any, codes: Any, code: Any, words: Any, n: int, row: Any, y: Any
                 if copied:
                     for q in range(COLUMNS):
                         if q < there:
-                            _fetch(codes[j + q], begin * size, copied * size, code[3], held[q])
+                            fetch(codes[j + q], begin * size, copied * size, code[3], held[q])
                         else:
                             held[q] = 0
                     _add(code, held.ctypes.data + AHEAD, stride, words, a.ctypes.data, even, odd, 0, copied)

@@ -2,9 +2,10 @@
 
 Few tokens: matrices by rows as sums looked up in tables (`rows`), matrices by columns decoded a stretch at a time (`columns`), a
 whole layer in one call (`layer`) or, where the work is worth it, one product at a time in torch.get_num_threads() threads.
-Many tokens: the same tables for grids of one or two bits, which beat a dense product; else tiles of at most AT_ONCE points, never
-the whole matrix, times x by torch.  Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of
-bfloat16, at twice the time.  Where an activation is not finite the reference answers.
+Many tokens of bfloat16, where the processor multiplies such numbers: panels of points, decoded as they are read (`gemm`).
+Else the same tables for grids of one or two bits, which beat a dense product, or tiles of at most AT_ONCE points, never the
+whole matrix, times x by torch.  Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of
+bfloat16, at twice the time.  Where an activation is not finite the reference answers, or the float32 sums do.
 
 What the products read is made of the stored tensors once and kept beside them as long as they live (`_PLANS`); the tensors
 themselves stay as they are.
@@ -13,6 +14,7 @@ themselves stay as they are.
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,15 +28,19 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
-from lplr.kernels.lowrank import columns, reference, rows
-from lplr.kernels.lowrank.layer import ABSENT, BY_ROW, Matrix, feed, layer, matrix, points, product, rotate, units
+from lplr.kernels.lowrank import columns, gemm, reference, rows
+from lplr.kernels.lowrank.layer import ABSENT, BY_ROW, Matrix, feed, layer, matrix, points, product, units
+from lplr.kernels.lowrank.rotation import rotate
 
 FEW = 16  # tokens up to which a product is always made row by row, or column by column
 FEW_BY_COLUMN = 4  # of the grids by columns
+FEW_HALVES = {"one term": 32, "more": 4, "by column": 1}  # tokens of bfloat16 up to which panels of points do not pay: measured
 CHEAP_TERMS = 2  # terms of a level up to which tables of sums beat a dense product whatever the number of tokens: measured
+TOKENS = 512  # of a product by panels: their sums stay in the cache
 AT_ONCE = 1 << 20  # points of a tile, and entries of x in tables
 DECODED = 16  # entries of one bit by rows that cost as much as one of a grid by columns: measured
 WORTH_THREADS = 1 << 25  # such entries, some 0.3 ms: to share a product and wait for the other half costs up to 0.1 ms
+PASS, ROTATION = 16, 128  # what to round or to rotate an activation costs, in such entries: measured
 _NO_SIGNS, _ONE = np.ones((2, 0), np.float32), np.ones(1, np.float32)
 
 
@@ -51,6 +57,13 @@ class Part:
     def terms(self) -> int:
         """Tables of sums that a group of entries needs, see `rows.terms`; by columns as good as too many."""
         return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
+
+    @property
+    def few(self) -> int:
+        """Tokens up to which a product of bfloat16 is not made by panels."""
+        if not gemm.AVAILABLE or self.matrix[0][1] < gemm.PANEL or self.grid == "normal_float":  # levels bfloat16 would round
+            return sys.maxsize
+        return FEW_HALVES["by column" if self.grid in BY_COLUMN else "one term" if self.terms == 1 else "more"]
 
     @property
     def cost(self) -> int:
@@ -193,7 +206,8 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     if tokens == 0:
         return y
     alone = plan.cost * tokens < WORTH_THREADS or torch.get_num_threads() == 1
-    if alone and tokens <= FEW_BY_COLUMN and x.dtype is not torch.float16 and x.is_contiguous():
+    few = min(FEW_BY_COLUMN, *(part.few for part in plan.parts if part is not None)) if half and tokens > 1 else FEW_BY_COLUMN
+    if alone and tokens <= few and x.dtype is not torch.float16 and x.is_contiguous():
         fit = layer(x.data_ptr(), y.data_ptr(), tokens, d, plan.n, half, plan.signs, plan.out_signs, *plan.arguments)
         return y if fit else None
     inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -209,7 +223,7 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
     tokens = len(inner)
     v = inner.numpy()
     if plan.signs.shape[1]:
-        _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), tokens * v.shape[1])
+        _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), ROTATION * tokens * v.shape[1])
     r, l, q, narrow = plan.parts
     add = False
     if r is not None and l is not None:
@@ -224,12 +238,16 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
             add = True
     if plan.out_signs.shape[1]:
         w = y.numpy()
-        _shared(tokens, lambda a, b: rotate(w[a:b], plan.out_signs, True), tokens * w.shape[1])
+        _shared(tokens, lambda a, b: rotate(w[a:b], plan.out_signs, True), ROTATION * tokens * w.shape[1])
     return True
 
 
 def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
     """y (t, n), set or added to: a product of any number of tokens."""
+    if passes == 1 and len(x) > part.few:
+        for a, b in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+            _by_panels(part, a, b, add)
+        return True
     few = FEW_BY_COLUMN if part.grid in BY_COLUMN else FEW
     if part.terms * passes > CHEAP_TERMS and len(x) > few:
         _by_tiles(part, x, y, add)
@@ -247,6 +265,21 @@ def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
 
         _shared(units(part.matrix), work, part.cost * len(a))
     return True
+
+
+def _by_panels(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
+    """The same of bfloat16, see `gemm`."""
+    fields, codes, words, row, col = part.matrix
+    if fields[0] == BY_ROW:
+        words = gemm.table(int(part.bits))
+    v, out, cost = x.numpy(), y.numpy(), x.shape[0] * int(fields[2])
+    half = np.empty((len(x), gemm.width(int(fields[2]))), np.uint16)
+    _shared(len(x), lambda a, b: gemm.halves(v[a:b], col, fields[3], fields[2], half[a:b]), PASS * cost)
+
+    def work(first: int, last: int) -> None:
+        gemm.multiply(half, fields, codes, words, row, out, add, first, last)
+
+    _shared(gemm.tiles(int(fields[1])), work, cost * int(fields[1]))
 
 
 def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
