@@ -30,7 +30,7 @@ from torch import Tensor
 from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
 from lplr.kernels.lowrank import columns, gemm, reference, rows
 from lplr.kernels.lowrank.layer import ABSENT, BY_ROW, Matrix, feed, layer, matrix, points, product, units
-from lplr.kernels.lowrank.rotation import rotate
+from lplr.kernels.lowrank.rotation import rotate, rotate_back, rotate_halves
 
 FEW = 16  # tokens up to which a product is always made row by row, or column by column
 FEW_BY_COLUMN = 4  # of the grids by columns
@@ -210,24 +210,53 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     if alone and tokens <= few and x.dtype is not torch.float16 and x.is_contiguous():
         fit = layer(x.data_ptr(), y.data_ptr(), tokens, d, plan.n, half, plan.signs, plan.out_signs, *plan.arguments)
         return y if fit else None
-    inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    out = y.view(-1, plan.n)
+    inner, out = _turned(plan, x.detach().reshape(-1, d)), y.view(-1, plan.n)
     found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n)
     if not _into(plan, inner, found, 1 if half else 2):
         return None
-    return y if found is out else y.copy_(found.view(y.shape))
+    _turned_back(plan, found, out)
+    return y
+
+
+def _turned(plan: Plan, x: Tensor) -> Tensor:
+    """x (t, d) in float32, rotated where the layer is; it may be x itself."""
+    t, d = x.shape
+    if not plan.signs.shape[1]:
+        return x.to(torch.float32, memory_format=torch.contiguous_format)
+    if x.dtype is torch.bfloat16:
+        given, inner = _bits(x.contiguous()), np.empty((t, d), np.float32)
+        _shared(t, lambda a, b: rotate_halves(given[a:b], plan.signs, inner[a:b]), ROTATION * t * d)
+    else:
+        inner = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+        _shared(t, lambda a, b: rotate(inner[a:b], plan.signs, False), ROTATION * t * d)
+    return torch.from_numpy(inner)
+
+
+def _turned_back(plan: Plan, y: Tensor, out: Tensor) -> None:
+    """out (t, n) in its dtype, of y, float32, which may be out itself and is overwritten."""
+    t, n = y.shape
+    v, signs = y.numpy(), plan.out_signs
+    if signs.shape[1] and out.dtype is torch.bfloat16:
+        to = _bits(out)
+        _shared(t, lambda a, b: rotate_back(v[a:b], signs, to[a:b]), ROTATION * t * n)
+        return
+    if signs.shape[1]:
+        _shared(t, lambda a, b: rotate(v[a:b], signs, True), ROTATION * t * n)
+    if out is not y:
+        out.copy_(y)
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """A tensor of bfloat16 as numpy takes it, uint16."""
+    return x.view(torch.int16).numpy().view(np.uint16)
 
 
 def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
-    """y (t, n) of inner (t, d), float32, overwritten; product by product, in threads."""
-    tokens = len(inner)
-    v = inner.numpy()
-    if plan.signs.shape[1]:
-        _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), ROTATION * tokens * v.shape[1])
+    """y (t, n) of inner (t, d), float32: the products one by one, in threads."""
     r, l, q, narrow = plan.parts
     add = False
     if r is not None and l is not None:
-        z = torch.empty(tokens, int(r.matrix[0][1]))
+        z = torch.empty(len(inner), int(r.matrix[0][1]))
         if not (_times(r, inner, z, False, passes) and _times(l, z, y, False, passes)):
             return False
         add = True
@@ -236,9 +265,6 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
             if not _times(part, inner, y, add, passes):
                 return False
             add = True
-    if plan.out_signs.shape[1]:
-        w = y.numpy()
-        _shared(tokens, lambda a, b: rotate(w[a:b], plan.out_signs, True), ROTATION * tokens * w.shape[1])
     return True
 
 

@@ -21,7 +21,7 @@ from lplr.kernels.backend import jit
 from lplr.kernels.lowrank.columns import AHEAD, COLUMNS, UNIT, fetch, windows_of
 from lplr.kernels.lowrank.emit import F32, I8, I16, I32, I64, call, case, instruction, load, places, repeated, store, vector
 from lplr.kernels.lowrank.layer import BY_ROW
-from lplr.kernels.lowrank.vectors import BLOCK, FEATURES, GROUPS, LANES, as_half, lattice_points, windows
+from lplr.kernels.lowrank.vectors import BLOCK, FEATURES, GROUPS, LANES, as_half, lattice_points, prefetch, windows
 from lplr.kernels.trellis.reference import CODES, Code
 
 AVAILABLE = all(FEATURES.get(name) for name in ("avx512bf16", "avx512bw", "avx512f"))
@@ -29,6 +29,7 @@ VECTORS = 4  # vectors of 16 outputs of a panel
 PANEL = 16 * VECTORS
 BOTH = 2  # panels decoded at once: the rows of a tile of `rows`
 TOKENS = 6  # TOKENS * VECTORS sums, VECTORS of points and one of an activation fit 32 registers
+FAR = 8  # fours of columns that are fetched ahead
 STRETCH = 1024  # inputs of a panel
 _TABLE_BITS = 5  # of an index into a vector of points
 _compile = jit("contract")
@@ -219,6 +220,8 @@ def _fill_by_column(codes: Any, code: Any, words: int, tile: int, begin: int, en
     start = tile * size
     for j in range(begin, end, COLUMNS):
         at, stride = codes.ctypes.data + j * width + start, width
+        for q in range(COLUMNS):
+            prefetch(at + (q + FAR * COLUMNS) * width)  # no prefetcher of a processor sees that one line a column is read
         # what a read touches before and behind has to be there, and before the first rows a history
         if tile == 0 or (j + COLUMNS - 1) * width + start + size + AHEAD > d * width:
             at, stride = held.ctypes.data + AHEAD, held.shape[1]

@@ -12,6 +12,7 @@ from numba.core import cgutils
 
 from lplr.kernels.backend import jit
 from lplr.kernels.lowrank.emit import F32, I64, case, instruction, load, places, repeated, store, vector
+from lplr.kernels.lowrank.vectors import as_float, as_half
 
 SHORT = 64  # entries whose whole transform stays in registers
 _LANES = 16
@@ -115,3 +116,21 @@ def rotate(x: Any, signs: Any, inverse: bool) -> None:
                 v *= signs[1]
             _transform(v[:p])
             v *= signs[0]
+
+
+@_compile
+def rotate_halves(x: Any, signs: Any, out: Any) -> None:
+    """out (t, d), float32: x, bfloat16, rotated, a token at a time: it stays in the nearest cache."""
+    for t in range(len(x)):
+        for j in range(x.shape[1]):
+            out[t, j] = as_float(np.uint32(x[t, j]) << np.uint32(16))
+        rotate(out[t : t + 1], signs, False)
+
+
+@_compile
+def rotate_back(y: Any, signs: Any, out: Any) -> None:
+    """out (t, n), bfloat16: y, float32, rotated back, which overwrites it."""
+    for t in range(len(y)):
+        rotate(y[t : t + 1], signs, True)
+        for i in range(y.shape[1]):
+            out[t, i] = as_half(y[t, i])

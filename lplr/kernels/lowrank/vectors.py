@@ -149,6 +149,18 @@ def load64(context: Any, address: Any) -> Any:
 
 
 @_instruction
+def prefetch(context: Any, address: Any) -> Any:
+    """Have the bytes at an address, which need not be there, brought near."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        at = b.inttoptr(args[0], _I8.as_pointer())
+        call(b, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(_I32, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@_instruction
 def as_float(context: Any, bits: Any) -> Any:
     """The float32 of these 32 bits."""
 
