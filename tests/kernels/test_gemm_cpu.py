@@ -19,15 +19,19 @@ NEAR = 2 * BOUND[HALF]
 EXACT = [grid for grid in GRIDS if grid[0] != "normal_float"]  # points that bfloat16 holds
 
 
-@pytest.fixture(params=["panels", "tiles"])
+@pytest.fixture(params=["panels", "tiles of bfloat16", "tiles of float32", "AMX"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Panels for any number of tokens, or a processor without their instruction."""
+    """Panels for any number of tokens, or a processor without their instruction, or one that has better."""
     if request.param == "panels":
         if not gemm.AVAILABLE:
             pytest.skip("this processor does not multiply bfloat16 numbers")
         monkeypatch.setattr(cpu, "FEW_HALVES", dict.fromkeys(cpu.FEW_HALVES, 0))
     else:
         monkeypatch.setattr(gemm, "AVAILABLE", False)
+        monkeypatch.setattr(gemm, "in_torch", lambda: request.param != "tiles of float32")
+    monkeypatch.setattr(gemm, "AMX", request.param == "AMX")
+    monkeypatch.setattr(cpu, "MANY_AMX", 1)
+    monkeypatch.setattr(cpu, "AT_ONCE_HALVES", 1 << 14)
     monkeypatch.setattr(cpu, "WORTH_THREADS", 1)
     yield request.param
 

@@ -20,7 +20,7 @@ import torch
 from lplr.kernels import trellis
 from lplr.kernels.backend import jit
 from lplr.kernels.lattice.reference import one_bit, stage
-from lplr.kernels.lowrank.vectors import add_points, add_windows, as_float, load64
+from lplr.kernels.lowrank.vectors import add_points, add_windows, as_float, as_half, load64
 from lplr.kernels.trellis.reference import CODES, STATE_BITS
 
 UNIT = 16  # rows: a stretch starts and ends at whole bytes of codes
@@ -316,6 +316,22 @@ def unpack(codes: Any, code: Any, words: Any, out: Any, first: int) -> None:
             if n % 2:
                 low = as_float(found[n // 2] << up)
                 to[n - 1] = to[n - 1] + low if s else low
+
+
+@_compile
+def unpack_halves(codes: Any, code: Any, words: Any, out: Any, column: int, unit: int) -> None:
+    """out (columns, rows), bfloat16: of packed codes (d, bytes), columns from `column` and rows from a unit on."""
+    m, up = out.shape[1], np.uint32(16)
+    units = (m + UNIT - 1) // UNIT
+    held, words_found = np.empty(units * code[2] + 2 * AHEAD, np.uint8), np.empty((2, 8 * units), np.uint32)
+    found = words_found.view(np.uint16)
+    for j in range(len(out)):
+        _decode(code, codes[column + j], words, unit, units, False, held, words_found[0])
+        out[j] = found[0, :m]
+        if code[0] and code[1] > 2:
+            _decode(code, codes[column + j], words, unit, units, True, held, words_found[1])
+            for i in range(m):  # sums of two stages are exact in bfloat16
+                out[j, i] = as_half(as_float(np.uint32(found[0, i]) << up) + as_float(np.uint32(found[1, i]) << up))
 
 
 def code_of(grid: str, bits: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,9 +3,11 @@
 Few tokens: matrices by rows as sums looked up in tables (`rows`), matrices by columns decoded a stretch at a time (`columns`), a
 whole layer in one call (`layer`) or, where the work is worth it, one product at a time in torch.get_num_threads() threads.
 Many tokens of bfloat16, where the processor multiplies such numbers: panels of points, decoded as they are read (`gemm`).
-Else the same tables for grids of one or two bits, which beat a dense product, or tiles of at most AT_ONCE points, never the
-whole matrix, times x by torch.  Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of
-bfloat16, at twice the time.  Where an activation is not finite the reference answers, or the float32 sums do.
+Else the same tables for grids of one or two bits, which beat a dense product, or tiles of points, never the whole matrix, times
+x by torch: in bfloat16 where x and the processor are, also where that has matrices of them (AMX), which beat panels.
+
+Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of bfloat16, at twice the time.  Where an
+activation is not finite the reference answers, or the float32 sums do.
 
 What the products read is made of the stored tensors once and kept beside them as long as they live (`_PLANS`); the tensors
 themselves stay as they are.
@@ -38,6 +40,9 @@ FEW_HALVES = {"one term": 32, "more": 4, "by column": 1}  # tokens of bfloat16 u
 CHEAP_TERMS = 2  # terms of a level up to which tables of sums beat a dense product whatever the number of tokens: measured
 TOKENS = 512  # of a product by panels: their sums stay in the cache
 AT_ONCE = 1 << 20  # points of a tile, and entries of x in tables
+AT_ONCE_HALVES = 1 << 22  # points of a tile of bfloat16: torch is slow with few outputs
+MANY_AMX = 64  # tokens from which to decode tiles is paid by products of AMX: estimated
+UNPACKED = 64  # entries of one bit by rows that cost as much as one that is unpacked by rows
 DECODED = 16  # entries of one bit by rows that cost as much as one of a grid by columns: measured
 WORTH_THREADS = 1 << 25  # such entries, some 0.3 ms: to share a product and wait for the other half costs up to 0.1 ms
 PASS, ROTATION = 16, 128  # what to round or to rotate an activation costs, in such entries: measured
@@ -59,9 +64,14 @@ class Part:
         return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
 
     @property
+    def exact(self) -> bool:
+        """Whether bfloat16 holds the points."""
+        return self.grid != "normal_float"
+
+    @property
     def few(self) -> int:
         """Tokens up to which a product of bfloat16 is not made by panels."""
-        if not gemm.AVAILABLE or self.matrix[0][1] < gemm.PANEL or self.grid == "normal_float":  # levels bfloat16 would round
+        if not gemm.AVAILABLE or self.matrix[0][1] < gemm.PANEL or not self.exact:
             return sys.maxsize
         return FEW_HALVES["by column" if self.grid in BY_COLUMN else "one term" if self.terms == 1 else "more"]
 
@@ -234,14 +244,13 @@ def _turned(plan: Plan, x: Tensor) -> Tensor:
 
 def _turned_back(plan: Plan, y: Tensor, out: Tensor) -> None:
     """out (t, n) in its dtype, of y, float32, which may be out itself and is overwritten."""
-    t, n = y.shape
-    v, signs = y.numpy(), plan.out_signs
+    v, signs, cost = y.numpy(), plan.out_signs, ROTATION * y.numel()
     if signs.shape[1] and out.dtype is torch.bfloat16:
         to = _bits(out)
-        _shared(t, lambda a, b: rotate_back(v[a:b], signs, to[a:b]), ROTATION * t * n)
+        _shared(len(v), lambda a, b: rotate_back(v[a:b], signs, to[a:b]), cost)
         return
     if signs.shape[1]:
-        _shared(t, lambda a, b: rotate(v[a:b], signs, True), ROTATION * t * n)
+        _shared(len(v), lambda a, b: rotate(v[a:b], signs, True), cost)
     if out is not y:
         out.copy_(y)
 
@@ -253,8 +262,7 @@ def _bits(x: Tensor) -> np.ndarray:
 
 def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
     """y (t, n) of inner (t, d), float32: the products one by one, in threads."""
-    r, l, q, narrow = plan.parts
-    add = False
+    (r, l, q, narrow), add = plan.parts, False
     if r is not None and l is not None:
         z = torch.empty(len(inner), int(r.matrix[0][1]))
         if not (_times(r, inner, z, False, passes) and _times(l, z, y, False, passes)):
@@ -270,13 +278,15 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
 
 def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
     """y (t, n), set or added to: a product of any number of tokens."""
-    if passes == 1 and len(x) > part.few:
+    by_amx = gemm.AMX and passes == 1 and len(x) >= MANY_AMX and part.exact and gemm.in_torch()
+    if passes == 1 and len(x) > part.few and not by_amx:
         for a, b in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
             _by_panels(part, a, b, add)
         return True
     few = FEW_BY_COLUMN if part.grid in BY_COLUMN else FEW
-    if part.terms * passes > CHEAP_TERMS and len(x) > few:
-        _by_tiles(part, x, y, add)
+    if by_amx or (part.terms * passes > CHEAP_TERMS and len(x) > few):
+        halves = passes == 1 and part.exact and gemm.in_torch()
+        (_by_half_tiles if halves else _by_tiles)(part, x, y, add)
         return True
     fields, codes, words, row, col = part.matrix
     at_once = max(FEW, AT_ONCE // max(1, 16 * int(fields[2])))
@@ -325,7 +335,7 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
             def work(i: int, j: int, a: int = a, out: Any = out) -> None:
                 rows.unpack(part.codes, int(part.bits), level, out[i:j], a + i)
 
-            _shared(len(out), work, tile.numel())
+            _shared(len(out), work, UNPACKED * tile.numel())
             found = (x @ tile.T) * (scale[a : a + size] if len(scale) > 1 else scale)
             y[:, a : a + size] = y[:, a : a + size] + found if add else found
         return
@@ -341,6 +351,32 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
         total.addmm_(x[:, a : a + size], tile)
     torch.mul(total, scale, out=total)
     y.copy_(y + total if add else total)
+
+
+def _by_half_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
+    """The same in bfloat16, a tile being whole rows: a sum is rounded once."""
+    _, _, _, row, col = part.matrix
+    n, d, first = (int(f) for f in part.matrix[0][1:4])
+    x = (x[:, first : first + d] * torch.from_numpy(col)).to(torch.bfloat16)
+    scale, size = torch.from_numpy(row), max(1, AT_ONCE_HALVES // (d * columns.UNIT)) * columns.UNIT
+    for a in range(0, n, size):
+        found = (x @ _half_tile(part, a, min(size, n - a)).T).float()
+        found *= scale[a : a + size] if len(scale) > 1 else scale
+        y[:, a : a + size] = y[:, a : a + size] + found if add else found
+
+
+def _half_tile(part: Part, a: int, m: int) -> Tensor:
+    """Points (m, d), bfloat16, of the rows from a on, where a unit starts."""
+    fields, codes, words, _, _ = part.matrix
+    d, bits = int(fields[2]), int(part.bits)
+    if fields[0] == BY_ROW:
+        level, out = _bits(torch.from_numpy(points(part.grid, part.bits)).bfloat16()), np.empty((m, d), np.uint16)
+        _shared(m, lambda i, j: rows.unpack(part.codes, bits, level, out[i:j], a + i), UNPACKED * out.size)
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+    out = np.empty((d, m), np.uint16)
+    unit = a // columns.UNIT
+    _shared(d, lambda i, j: columns.unpack_halves(codes, fields[4:], words, out[i:j], i, unit), UNPACKED * out.size)
+    return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).T
 
 
 @cache

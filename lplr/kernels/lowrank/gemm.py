@@ -25,6 +25,7 @@ from lplr.kernels.lowrank.vectors import BLOCK, FEATURES, GROUPS, LANES, as_half
 from lplr.kernels.trellis.reference import CODES, Code
 
 AVAILABLE = all(FEATURES.get(name) for name in ("avx512bf16", "avx512bw", "avx512f"))
+AMX = FEATURES.get("amx-bf16", False)  # torch's products are then several times as fast
 VECTORS = 4  # vectors of 16 outputs of a panel
 PANEL = 16 * VECTORS
 BOTH = 2  # panels decoded at once: the rows of a tile of `rows`
@@ -296,6 +297,12 @@ def halves(x: Any, col: Any, first: int, d: int, out: Any) -> None:
             for j in range(d):
                 to[j] = as_half(part[j] * col[0])
         to[d:] = 0
+
+
+@cache
+def in_torch() -> bool:
+    """Whether torch's products of bfloat16 are the processor's."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def width(d: int) -> int:
