@@ -64,14 +64,14 @@ class Part:
         return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
 
     @property
-    def exact(self) -> bool:
-        """Whether bfloat16 holds the points."""
-        return self.grid != "normal_float"
+    def by_halves(self) -> bool:
+        """Whether products may be of bfloat16: it holds the points, and the rows are enough for a panel."""
+        return self.grid != "normal_float" and bool(self.matrix[0][1] >= gemm.PANEL)
 
     @property
     def few(self) -> int:
         """Tokens up to which a product of bfloat16 is not made by panels."""
-        if not gemm.AVAILABLE or self.matrix[0][1] < gemm.PANEL or not self.exact:
+        if not (gemm.AVAILABLE and self.by_halves):
             return sys.maxsize
         return FEW_HALVES["by column" if self.grid in BY_COLUMN else "one term" if self.terms == 1 else "more"]
 
@@ -278,14 +278,14 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
 
 def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
     """y (t, n), set or added to: a product of any number of tokens."""
-    by_amx = gemm.AMX and passes == 1 and len(x) >= MANY_AMX and part.exact and gemm.in_torch()
+    by_amx = gemm.AMX and passes == 1 and len(x) >= MANY_AMX and part.by_halves and gemm.in_torch()
     if passes == 1 and len(x) > part.few and not by_amx:
         for a, b in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
             _by_panels(part, a, b, add)
         return True
     few = FEW_BY_COLUMN if part.grid in BY_COLUMN else FEW
     if by_amx or (part.terms * passes > CHEAP_TERMS and len(x) > few):
-        halves = passes == 1 and part.exact and gemm.in_torch()
+        halves = passes == 1 and part.by_halves and gemm.in_torch()
         (_by_half_tiles if halves else _by_tiles)(part, x, y, add)
         return True
     fields, codes, words, row, col = part.matrix
