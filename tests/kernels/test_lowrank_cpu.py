@@ -23,7 +23,7 @@ from lplr.kernels.lowrank import op, reference
 from lplr.kernels.pack import pack
 
 pytest.importorskip("numba")
-from lplr.kernels.lowrank import cpu, rows, vectors  # noqa: E402
+from lplr.kernels.lowrank import cpu, rows, sharing, vectors  # noqa: E402
 
 GRIDS = [(grid, bits) for grid, widths in WIDTHS.items() for bits in widths]
 SCALES = ("row_scale", "rank_scale", "col_scale", "q_row_scale", "q_col_scale")
@@ -73,7 +73,7 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Threads, and two of them for any amount of work."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(cpu, "WORTH_THREADS", 1)
+    monkeypatch.setattr(sharing, "WORTH", 1)
     yield request.param
     torch.set_num_threads(before)
 

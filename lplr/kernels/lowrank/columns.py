@@ -20,7 +20,7 @@ import torch
 from lplr.kernels import trellis
 from lplr.kernels.backend import jit
 from lplr.kernels.lattice.reference import one_bit, stage
-from lplr.kernels.lowrank.vectors import add_points, add_windows, as_float, load64
+from lplr.kernels.lowrank.vectors import add_points, add_windows, as_float, as_half, load64
 from lplr.kernels.trellis.reference import CODES, STATE_BITS
 
 UNIT = 16  # rows: a stretch starts and ends at whole bytes of codes
@@ -166,7 +166,7 @@ def _read_lattice(bits: int, second: bool, codes: Any, words: Any, out: Any, uni
 
 
 @_compile
-def _fetch(row: Any, start: int, count: int, history: int, out: Any) -> None:
+def fetch(row: Any, start: int, count: int, history: int, out: Any) -> None:
     """Bytes start - AHEAD .. start + count of a column, and AHEAD more, into out: the history before them, zeros behind."""
     for i in range(AHEAD):
         at = start - AHEAD + i
@@ -182,20 +182,25 @@ def _decode(code: Any, row: Any, words: Any, first: int, units: int, second: boo
     """`units` units of a column, from unit `first` on, into out (8 words a unit); code = (lattice?, place or bits, half bytes a
     unit, history)."""
     count = units * code[2]
-    _fetch(row, first * code[2], count, code[3], held)
+    fetch(row, first * code[2], count, code[3], held)
     if code[0]:
         _read_lattice(code[1], second, held[AHEAD:], words, out, units)
     else:
         _read_trellis(code[1], held.ctypes.data + AHEAD, words, out, units)
 
 
-def _adder(step_bits: int, entries: int) -> Callable[..., None]:
-    """add(address of the codes of four columns, bytes from one to the next, words, x, even, odd, units): for a trellis."""
+def windows_of(step_bits: int, entries: int) -> tuple[int, int, int, int, bool]:
+    """(bytes before a unit where its first window starts, then constants of `vectors.windows`)."""
     reach, width, both = _window(step_bits, entries)
-    up = step_bits * (2 if both and entries == 1 else 1)
     behind = step_bits * (reach - 1)
     back = -(-behind // 8)
-    low, advance = 8 * back - behind, up if both else 2 * up
+    return back, step_bits * (2 if both and entries == 1 else 1), 8 * back - behind, width, both
+
+
+def _adder(step_bits: int, entries: int) -> Callable[..., None]:
+    """add(address of the codes of four columns, bytes from one to the next, words, x, even, odd, units): for a trellis."""
+    back, up, low, width, both = windows_of(step_bits, entries)
+    advance = up if both else 2 * up
 
     def add(address: int, stride: int, words: int, x: int, even: int, odd: int, units: int) -> None:
         for i in range(units):
@@ -279,7 +284,7 @@ def multiply(x: Any, codes: Any, code: Any, words: Any, n: int, row: Any, y: Any
                 if copied:
                     for q in range(COLUMNS):
                         if q < there:
-                            _fetch(codes[j + q], begin * size, copied * size, code[3], held[q])
+                            fetch(codes[j + q], begin * size, copied * size, code[3], held[q])
                         else:
                             held[q] = 0
                     _add(code, held.ctypes.data + AHEAD, stride, words, a.ctypes.data, even, odd, 0, copied)
@@ -311,6 +316,22 @@ def unpack(codes: Any, code: Any, words: Any, out: Any, first: int) -> None:
             if n % 2:
                 low = as_float(found[n // 2] << up)
                 to[n - 1] = to[n - 1] + low if s else low
+
+
+@_compile
+def unpack_halves(codes: Any, code: Any, words: Any, out: Any, column: int, unit: int) -> None:
+    """out (columns, rows), bfloat16: of packed codes (d, bytes), columns from `column` and rows from a unit on."""
+    m, up = out.shape[1], np.uint32(16)
+    units = (m + UNIT - 1) // UNIT
+    held, words_found = np.empty(units * code[2] + 2 * AHEAD, np.uint8), np.empty((2, 8 * units), np.uint32)
+    found = words_found.view(np.uint16)
+    for j in range(len(out)):
+        _decode(code, codes[column + j], words, unit, units, False, held, words_found[0])
+        out[j] = found[0, :m]
+        if code[0] and code[1] > 2:
+            _decode(code, codes[column + j], words, unit, units, True, held, words_found[1])
+            for i in range(m):  # sums of two stages are exact in bfloat16
+                out[j, i] = as_half(as_float(np.uint32(found[0, i]) << up) + as_float(np.uint32(found[1, i]) << up))
 
 
 def code_of(grid: str, bits: float) -> tuple[np.ndarray, np.ndarray]:

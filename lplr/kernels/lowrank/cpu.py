@@ -2,9 +2,12 @@
 
 Few tokens: matrices by rows as sums looked up in tables (`rows`), matrices by columns decoded a stretch at a time (`columns`), a
 whole layer in one call (`layer`) or, where the work is worth it, one product at a time in torch.get_num_threads() threads.
-Many tokens: the same tables for grids of one or two bits, which beat a dense product; else tiles of at most AT_ONCE points, never
-the whole matrix, times x by torch.  Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of
-bfloat16, at twice the time.  Where an activation is not finite the reference answers.
+Many tokens of bfloat16, where the processor multiplies such numbers: panels of points, decoded as they are read (`gemm`).
+Else the same tables for grids of one or two bits, which beat a dense product, or tiles of points, never the whole matrix, times
+x by torch: in bfloat16 where x and the processor are, also where that has matrices of them (AMX), which beat panels.
+
+Sums are float32; what tables make of float32 and float16 is rounded twice as finely as of bfloat16, at twice the time.  Where an
+activation is not finite the reference answers, or the float32 sums do.
 
 What the products read is made of the stored tensors once and kept beside them as long as they live (`_PLANS`); the tensors
 themselves stay as they are.
@@ -12,12 +15,11 @@ themselves stay as they are.
 
 from __future__ import annotations
 
-import os
+import sys
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -26,15 +28,22 @@ import torch
 from torch import Tensor
 
 from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
-from lplr.kernels.lowrank import columns, reference, rows
-from lplr.kernels.lowrank.layer import BY_ROW, Matrix, feed, layer, matrix, points, product, record, rotate, units
+from lplr.kernels.lowrank import columns, gemm, reference, rows
+from lplr.kernels.lowrank.layer import BY_ROW, Matrix, feed, layer, matrix, points, product, record, units
+from lplr.kernels.lowrank.rotation import rotate, rotate_back, rotate_halves
+from lplr.kernels.lowrank.sharing import shared, worth_threads
 
 FEW = 16  # tokens up to which a product is always made row by row, or column by column
 FEW_BY_COLUMN = 4  # of the grids by columns
+FEW_HALVES = {"one term": 32, "more": 4, "by column": 1}  # tokens of bfloat16 up to which panels of points do not pay: measured
 CHEAP_TERMS = 2  # terms of a level up to which tables of sums beat a dense product whatever the number of tokens: measured
+TOKENS = 512  # of a product by panels: their sums stay in the cache
 AT_ONCE = 1 << 20  # points of a tile, and entries of x in tables
+AT_ONCE_HALVES = 1 << 22  # points of a tile of bfloat16: torch is slow with few outputs
+MANY_AMX = 64  # tokens from which to decode tiles is paid by products of AMX: estimated
+UNPACKED = 64  # entries of one bit by rows that cost as much as one that is unpacked by rows
 DECODED = 16  # entries of one bit by rows that cost as much as one of a grid by columns: measured
-WORTH_THREADS = 1 << 25  # such entries, some 0.3 ms: to share a product and wait for the other half costs up to 0.1 ms
+PASS, ROTATION = 16, 128  # what to round or to rotate an activation costs, in such entries: measured
 _NO_SIGNS, _ONE = np.ones((2, 0), np.float32), np.ones(1, np.float32)
 
 
@@ -51,6 +60,18 @@ class Part:
     def terms(self) -> int:
         """Tables of sums that a group of entries needs, see `rows.terms`; by columns as good as too many."""
         return 1 << 8 if self.grid in BY_COLUMN else len(self.matrix[2]) // 2 - 1
+
+    @property
+    def by_halves(self) -> bool:
+        """Whether products may be of bfloat16: it holds the points, and the rows are enough for a panel."""
+        return self.grid != "normal_float" and bool(self.matrix[0][1] >= gemm.PANEL)
+
+    @property
+    def few(self) -> int:
+        """Tokens up to which a product of bfloat16 is not made by panels."""
+        if not (gemm.AVAILABLE and self.by_halves):
+            return sys.maxsize
+        return FEW_HALVES["by column" if self.grid in BY_COLUMN else "one term" if self.terms == 1 else "more"]
 
     @property
     def cost(self) -> int:
@@ -73,6 +94,7 @@ class Plan:
     record: np.ndarray  # of signs, out_signs and parts, for `layer`
     record_at: int
     few: int  # tokens up to which `layer` serves
+    few_halves: int  # of bfloat16
     cost: int  # of a token, in entries of a grid by rows
 
 
@@ -183,7 +205,8 @@ def _made(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) ->
     known = [part for part in parts if part is not None]
     few = FEW_BY_COLUMN if any(part.grid in BY_COLUMN for part in known) else FEW
     numbers = record(d, n, signs, out_signs, [None if part is None else part.matrix for part in parts])
-    return signs, out_signs, tuple(parts), numbers, numbers.ctypes.data, few, sum(part.cost for part in known)
+    halves, cost = min(few, *(part.few for part in known)), sum(part.cost for part in known)
+    return signs, out_signs, tuple(parts), numbers, numbers.ctypes.data, few, halves, cost
 
 
 def _forward(plan: Plan, x: Tensor) -> Tensor | None:
@@ -197,27 +220,54 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     if tokens == 0:
         return y
     half = x.dtype is torch.bfloat16
-    alone = plan.cost * tokens < WORTH_THREADS or torch.get_num_threads() == 1
-    if alone and tokens <= plan.few and (half or x.dtype is torch.float32) and x.is_contiguous():
+    few = plan.few_halves if half else plan.few
+    if not worth_threads(plan.cost * tokens) and tokens <= few and (half or x.dtype is torch.float32) and x.is_contiguous():
         return y if layer(x.data_ptr(), y.data_ptr(), tokens, half, plan.record_at) else None
-    inner = x.detach().reshape(-1, d).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    out = y.view(-1, plan.n)
+    inner, out = _turned(plan, x.detach().reshape(-1, d)), y.view(-1, plan.n)
     found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n)
     if not _into(plan, inner, found, 1 if half else 2):
         return None
-    return y if found is out else y.copy_(found.view(y.shape))
+    _turned_back(plan, found, out)
+    return y
+
+
+def _turned(plan: Plan, x: Tensor) -> Tensor:
+    """x (t, d) in float32, rotated where the layer is; it may be x itself."""
+    t, d = x.shape
+    if not plan.signs.shape[1]:
+        return x.to(torch.float32, memory_format=torch.contiguous_format)
+    if x.dtype is torch.bfloat16:
+        given, inner = _bits(x.contiguous()), np.empty((t, d), np.float32)
+        shared(t, lambda a, b: rotate_halves(given[a:b], plan.signs, inner[a:b]), ROTATION * t * d)
+    else:
+        inner = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+        shared(t, lambda a, b: rotate(inner[a:b], plan.signs, False), ROTATION * t * d)
+    return torch.from_numpy(inner)
+
+
+def _turned_back(plan: Plan, y: Tensor, out: Tensor) -> None:
+    """out (t, n) in its dtype, of y, float32, which may be out itself and is overwritten."""
+    v, signs, cost = y.numpy(), plan.out_signs, ROTATION * y.numel()
+    if signs.shape[1] and out.dtype is torch.bfloat16:
+        to = _bits(out)
+        shared(len(v), lambda a, b: rotate_back(v[a:b], signs, to[a:b]), cost)
+        return
+    if signs.shape[1]:
+        shared(len(v), lambda a, b: rotate(v[a:b], signs, True), cost)
+    if out is not y:
+        out.copy_(y)
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """A tensor of bfloat16 as numpy takes it, uint16."""
+    return x.view(torch.int16).numpy().view(np.uint16)
 
 
 def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
-    """y (t, n) of inner (t, d), float32, overwritten; product by product, in threads."""
-    tokens = len(inner)
-    v = inner.numpy()
-    if plan.signs.shape[1]:
-        _shared(tokens, lambda a, b: rotate(v[a:b], plan.signs, False), tokens * v.shape[1])
-    r, l, q, narrow = plan.parts
-    add = False
+    """y (t, n) of inner (t, d), float32: the products one by one, in threads."""
+    (r, l, q, narrow), add = plan.parts, False
     if r is not None and l is not None:
-        z = torch.empty(tokens, int(r.matrix[0][1]))
+        z = torch.empty(len(inner), int(r.matrix[0][1]))
         if not (_times(r, inner, z, False, passes) and _times(l, z, y, False, passes)):
             return False
         add = True
@@ -226,17 +276,20 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
             if not _times(part, inner, y, add, passes):
                 return False
             add = True
-    if plan.out_signs.shape[1]:
-        w = y.numpy()
-        _shared(tokens, lambda a, b: rotate(w[a:b], plan.out_signs, True), tokens * w.shape[1])
     return True
 
 
 def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
     """y (t, n), set or added to: a product of any number of tokens."""
+    by_amx = gemm.AMX and passes == 1 and len(x) >= MANY_AMX and part.by_halves and gemm.in_torch()
+    if passes == 1 and len(x) > part.few and not by_amx:
+        for a, b in zip(x.split(TOKENS), y.split(TOKENS), strict=True):
+            _by_panels(part, a, b, add)
+        return True
     few = FEW_BY_COLUMN if part.grid in BY_COLUMN else FEW
-    if part.terms * passes > CHEAP_TERMS and len(x) > few:
-        _by_tiles(part, x, y, add)
+    if by_amx or (part.terms * passes > CHEAP_TERMS and len(x) > few):
+        halves = passes == 1 and part.by_halves and gemm.in_torch()
+        (_by_half_tiles if halves else _by_tiles)(part, x, y, add)
         return True
     fields, codes, words, row, col = part.matrix
     at_once = max(FEW, AT_ONCE // max(1, 16 * int(fields[2])))
@@ -249,8 +302,23 @@ def _times(part: Part, x: Tensor, y: Tensor, add: bool, passes: int) -> bool:
         def work(first: int, last: int, tables: Any = tables, numbers: Any = numbers, out: Any = out) -> None:
             product(tables, numbers, fields, codes, words, row, out, add, first, last)
 
-        _shared(units(part.matrix), work, part.cost * len(a))
+        shared(units(part.matrix), work, part.cost * len(a))
     return True
+
+
+def _by_panels(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
+    """The same of bfloat16, see `gemm`."""
+    fields, codes, words, row, col = part.matrix
+    if fields[0] == BY_ROW:
+        words = gemm.table(int(part.bits))
+    v, out, cost = x.numpy(), y.numpy(), x.shape[0] * int(fields[2])
+    half = np.empty((len(x), gemm.width(int(fields[2]))), np.uint16)
+    shared(len(x), lambda a, b: gemm.halves(v[a:b], col, fields[3], fields[2], half[a:b]), PASS * cost)
+
+    def work(first: int, last: int) -> None:
+        gemm.multiply(half, fields, codes, words, row, out, add, first, last)
+
+    shared(gemm.tiles(int(fields[1])), work, cost * int(fields[1]))
 
 
 def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
@@ -270,7 +338,7 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
             def work(i: int, j: int, a: int = a, out: Any = out) -> None:
                 rows.unpack(part.codes, int(part.bits), level, out[i:j], a + i)
 
-            _shared(len(out), work, tile.numel())
+            shared(len(out), work, UNPACKED * tile.numel())
             found = (x @ tile.T) * (scale[a : a + size] if len(scale) > 1 else scale)
             y[:, a : a + size] = y[:, a : a + size] + found if add else found
         return
@@ -282,26 +350,33 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
         def decode(i: int, j: int, a: int = a, out: Any = out) -> None:
             columns.unpack(part.codes, fields[4:], words, out[i:j], a + i)
 
-        _shared(len(out), decode, DECODED * tile.numel())
+        shared(len(out), decode, DECODED * tile.numel())
         total.addmm_(x[:, a : a + size], tile)
     torch.mul(total, scale, out=total)
     y.copy_(y + total if add else total)
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="lplr")
+def _by_half_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
+    """The same in bfloat16, a tile being whole rows: a sum is rounded once."""
+    _, _, _, row, col = part.matrix
+    n, d, first = (int(f) for f in part.matrix[0][1:4])
+    x = (x[:, first : first + d] * torch.from_numpy(col)).to(torch.bfloat16)
+    scale, size = torch.from_numpy(row), max(1, AT_ONCE_HALVES // (d * columns.UNIT)) * columns.UNIT
+    for a in range(0, n, size):
+        found = (x @ _half_tile(part, a, min(size, n - a)).T).float()
+        found *= scale[a : a + size] if len(scale) > 1 else scale
+        y[:, a : a + size] = y[:, a : a + size] + found if add else found
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of its threads
-
-
-def _shared(pieces: int, work: Callable[[int, int], None], cost: int) -> None:
-    """work(first, last) on all pieces, in torch.get_num_threads() threads where there is enough of it; this one is the first."""
-    threads = min(torch.get_num_threads(), pieces) if cost >= WORTH_THREADS else 1
-    edges = [pieces * i // threads for i in range(threads + 1)]
-    waiting = [_pool().submit(work, *pair) for pair in zip(edges[1:-1], edges[2:], strict=True)]
-    work(edges[0], edges[1])
-    for other in waiting:
-        other.result()
+def _half_tile(part: Part, a: int, m: int) -> Tensor:
+    """Points (m, d), bfloat16, of the rows from a on, where a unit starts."""
+    fields, codes, words, _, _ = part.matrix
+    d, bits = int(fields[2]), int(part.bits)
+    if fields[0] == BY_ROW:
+        level, out = _bits(torch.from_numpy(points(part.grid, part.bits)).bfloat16()), np.empty((m, d), np.uint16)
+        shared(m, lambda i, j: rows.unpack(part.codes, bits, level, out[i:j], a + i), UNPACKED * out.size)
+        return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
+    out = np.empty((d, m), np.uint16)
+    unit = a // columns.UNIT
+    shared(d, lambda i, j: columns.unpack_halves(codes, fields[4:], words, out[i:j], i, unit), UNPACKED * out.size)
+    return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16).T

@@ -15,6 +15,7 @@ from numba import carray
 from lplr.kernels import levels, normal_float
 from lplr.kernels.backend import jit
 from lplr.kernels.lowrank import columns, rows
+from lplr.kernels.lowrank.rotation import rotate
 from lplr.kernels.lowrank.vectors import GROUPS, LANES, TABLE, TILE, float_at, half_at, pointer, put_float, put_half
 
 NOTHING, BY_ROW, BY_COLUMN = 0, 1, 2
@@ -58,52 +59,6 @@ def units(matrix: Matrix) -> int:
     """Pieces of rows that a product can be split into."""
     kind, n = matrix[0][:2]
     return -(-int(n) // (TILE if kind == BY_ROW else _UNIT))
-
-
-@_compile
-def rotate(x: Any, signs: Any, inverse: bool) -> None:
-    """x (t, d) in place, see `kernels.hadamard.rotate`; signs float32 (2, d)."""
-    d = x.shape[1]
-    p = 1
-    while 2 * p <= d:
-        p *= 2
-    for t in range(len(x)):
-        v = x[t]
-        if not inverse:
-            v *= signs[0]
-            _transform(v[:p])
-            if p < d:
-                v *= signs[1]
-                _transform(v[d - p :])
-        else:
-            if p < d:
-                _transform(v[d - p :])
-                v *= signs[1]
-            _transform(v[:p])
-            v *= signs[0]
-
-
-@_compile
-def _transform(v: Any) -> None:
-    """The orthonormal Walsh-Hadamard transform of v (p,), in place."""
-    p, h = len(v), 1
-    if p >= 8:  # three steps at once: short ones are slow
-        for i in range(0, p, 8):
-            a0, a1, a2, a3, a4, a5, a6, a7 = v[i], v[i + 1], v[i + 2], v[i + 3], v[i + 4], v[i + 5], v[i + 6], v[i + 7]
-            b0, b1, b2, b3, b4, b5, b6, b7 = a0 + a1, a0 - a1, a2 + a3, a2 - a3, a4 + a5, a4 - a5, a6 + a7, a6 - a7
-            a0, a1, a2, a3, a4, a5, a6, a7 = b0 + b2, b1 + b3, b0 - b2, b1 - b3, b4 + b6, b5 + b7, b4 - b6, b5 - b7
-            v[i], v[i + 1], v[i + 2], v[i + 3] = a0 + a4, a1 + a5, a2 + a6, a3 + a7
-            v[i + 4], v[i + 5], v[i + 6], v[i + 7] = a0 - a4, a1 - a5, a2 - a6, a3 - a7
-        h = 8
-    while h < p:
-        for i in range(0, p, 2 * h):
-            low, high = v[i : i + h], v[i + h : i + 2 * h]
-            for k in range(h):
-                a, b = low[k], high[k]
-                low[k] = a + b
-                high[k] = a - b
-        h *= 2
-    v *= np.float32(1 / np.sqrt(p))
 
 
 @_compile

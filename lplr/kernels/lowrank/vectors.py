@@ -19,15 +19,24 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import config
-from numba.extending import intrinsic
+
+from lplr.kernels.lowrank.emit import F32 as _F32
+from lplr.kernels.lowrank.emit import I8 as _I8
+from lplr.kernels.lowrank.emit import I16 as _I16
+from lplr.kernels.lowrank.emit import I32 as _I32
+from lplr.kernels.lowrank.emit import I64 as _I64
+from lplr.kernels.lowrank.emit import call
+from lplr.kernels.lowrank.emit import instruction as _instruction
+from lplr.kernels.lowrank.emit import load as _load
+from lplr.kernels.lowrank.emit import places as _places
+from lplr.kernels.lowrank.emit import store as _store
+from lplr.kernels.lowrank.emit import vector as _vector
 
 LARGEST = 1023
 GROUPS = 8  # groups a block
 BLOCK = 4 * GROUPS  # activations a block
 TABLE = 32  # bytes a table
 
-_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_instruction: Any = intrinsic  # its first parameter is numba's, not the caller's
 _config: Any = config
 _SHUFFLES = {  # feature of the processor -> (LLVM's name of a byte shuffle, bytes)
     "avx512bw": ("llvm.x86.avx512.pshuf.b.512", 64),
@@ -42,7 +51,8 @@ def shuffle_of(features: dict[str, bool]) -> tuple[str, int]:
     return next((found for feature, found in _SHUFFLES.items() if features.get(feature)), ("", 16))
 
 
-def _host() -> tuple[str, int]:
+def _host() -> dict[str, bool]:
+    """The features of the processor that numba compiles for."""
     features = dict(llvm.get_host_cpu_features())
     if _config.CPU_FEATURES is not None:  # numba was told to compile for another processor
         features = {name[1:]: name[0] == "+" for name in _config.CPU_FEATURES.split(",") if name}
@@ -50,38 +60,19 @@ def _host() -> tuple[str, int]:
         features = {}
     if not _config.ENABLE_AVX:
         features = {name: on and not name.startswith("avx") for name, on in features.items()}
-    return shuffle_of(features)
+    return features
 
 
-SHUFFLE, LANES = _host()
+FEATURES = _host()
+SHUFFLE, LANES = shuffle_of(FEATURES)
 TILE = 2 * LANES  # rows that one vector of codes stands for: the low four bits of its bytes, then the high ones
-
-
-def _vector(element: Any, values: Any) -> Any:
-    values = list(values)
-    return ir.Constant(ir.VectorType(element, len(values)), values)
-
-
-def _load(b: Any, address: Any, offset: int, kind: Any) -> Any:
-    value = b.load(b.inttoptr(b.add(address, ir.Constant(_I64, offset)), kind.as_pointer()))
-    value.align = 1
-    return value
-
-
-def _store(b: Any, value: Any, address: Any, offset: int) -> None:
-    b.store(value, b.inttoptr(b.add(address, ir.Constant(_I64, offset)), value.type.as_pointer())).align = 1
-
-
-def _places(b: Any, vector: Any, places: Any) -> Any:
-    return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), _vector(_I32, places))
 
 
 def _look_up(b: Any, table: Any, index: Any) -> Any:
     """table[index] for bytes index < 16; the table of 16 bytes is repeated to the length of a vector."""
     kind = table.type
     if SHUFFLE:
-        name = b.module.globals.get(SHUFFLE) or ir.Function(b.module, ir.FunctionType(kind, [kind, kind]), SHUFFLE)
-        return b.call(name, [table, index])
+        return call(b, SHUFFLE, kind, [table, index])
     out = ir.Constant(kind, ir.Undefined)
     for lane in range(kind.count):
         place = ir.Constant(_I32, lane)
@@ -158,6 +149,18 @@ def load64(context: Any, address: Any) -> Any:
 
 
 @_instruction
+def prefetch(context: Any, address: Any) -> Any:
+    """Have the bytes at an address, which need not be there, brought near."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        at = b.inttoptr(args[0], _I8.as_pointer())
+        call(b, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(_I32, k) for k in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@_instruction
 def as_float(context: Any, bits: Any) -> Any:
     """The float32 of these 32 bits."""
 
@@ -187,17 +190,32 @@ def half_at(context: Any, address: Any) -> Any:
     return types.float32(types.int64), generate
 
 
+def _half(b: Any, value: Any) -> Any:
+    """The 16 bits of a float32 as bfloat16, rounded to nearest, ties to even."""
+    bits = b.bitcast(value, _I32)
+    even = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+    rounded = b.lshr(b.add(b.add(bits, ir.Constant(_I32, 0x7FFF)), even), ir.Constant(_I32, 16))
+    number = b.fcmp_ordered("ord", value, value)
+    return b.trunc(b.select(number, rounded, ir.Constant(_I32, 0x7FC0)), _I16)
+
+
+@_instruction
+def as_half(context: Any, value: Any) -> Any:
+    """The bits of a float32 as bfloat16, rounded to nearest, ties to even."""
+
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _half(b, args[0])
+
+    return types.uint16(types.float32), generate
+
+
 @_instruction
 def put_half(context: Any, value: Any, address: Any) -> Any:
-    """Write a float32 as bfloat16, rounded to nearest, ties to even."""
+    """Write a float32 as bfloat16, see `as_half`."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         value, address = args
-        bits = b.bitcast(value, _I32)
-        even = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        rounded = b.lshr(b.add(b.add(bits, ir.Constant(_I32, 0x7FFF)), even), ir.Constant(_I32, 16))
-        number = b.fcmp_ordered("ord", value, value)
-        _store(b, b.trunc(b.select(number, rounded, ir.Constant(_I32, 0x7FC0)), _I16), address, 0)
+        _store(b, _half(b, value), address, 0)
         return context.get_dummy_value()
 
     return types.void(types.float32, types.int64), generate
@@ -239,6 +257,24 @@ def _add_columns(b: Any, words: list[Any], x: Any, even: Any, odd: Any) -> None:
     _store(b, high, odd, 0)
 
 
+def windows(b: Any, stream: Any, stride: Any, table: Any, advance: int, place: int, bits: int, pair: bool) -> list[Any]:
+    """The 8 words, two rows each, of each of four columns that `add_windows` adds."""
+    entry = _I32 if pair else _I16
+    base = b.inttoptr(table, entry.as_pointer())
+    words = []
+    for _ in range(4):
+        found = ir.Constant(ir.VectorType(entry, 8 if pair else 16), ir.Undefined)
+        for half in range(1 if pair else 2):
+            held = _load(b, stream, half * advance, _I64)
+            for k in range(8):
+                window = b.and_(b.lshr(held, ir.Constant(_I64, place + advance * k)), ir.Constant(_I64, (1 << bits) - 1))
+                value = b.load(b.gep(base, [window]))
+                found = b.insert_element(found, value, ir.Constant(_I32, 8 * half + k))
+        words.append(b.bitcast(found, ir.VectorType(_I32, 8)))
+        stream = b.add(stream, stride)
+    return words
+
+
 @_instruction(prefer_literal=True)
 def add_windows(
     context: Any, stream: Any, stride: Any, table: Any, x: Any, even: Any, odd: Any, up: Any, low: Any, width: Any, both: Any
@@ -251,28 +287,49 @@ def add_windows(
     """
     if not all(isinstance(t, types.Literal) for t in (up, low, width, both)):
         return None
-    advance, place, bits, pair = (t.literal_value for t in (up, low, width, both))
+    constants = tuple(t.literal_value for t in (up, low, width, both))
     signature = types.void(*[types.int64] * 6, up, low, width, both)
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         stream, stride, table, x, even, odd = args[:6]
-        entry = _I32 if pair else _I16
-        base = b.inttoptr(table, entry.as_pointer())
-        words = []
-        for _ in range(4):
-            found = ir.Constant(ir.VectorType(entry, 8 if pair else 16), ir.Undefined)
-            for half in range(1 if pair else 2):
-                held = _load(b, stream, half * advance, _I64)
-                for k in range(8):
-                    window = b.and_(b.lshr(held, ir.Constant(_I64, place + advance * k)), ir.Constant(_I64, (1 << bits) - 1))
-                    value = b.load(b.gep(base, [window]))
-                    found = b.insert_element(found, value, ir.Constant(_I32, 8 * half + k))
-            words.append(b.bitcast(found, ir.VectorType(_I32, 8)))
-            stream = b.add(stream, stride)
-        _add_columns(b, words, x, even, odd)
+        _add_columns(b, windows(b, stream, stride, table, *constants), x, even, odd)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def lattice_points(b: Any, codes: Any, stride: Any, words: Any, width: int, later: bool) -> list[Any]:
+    """The 8 words, two rows each, of each of four columns that `add_points` adds."""
+    four = ir.VectorType(_I32, 4)
+
+    def byte(offset: int) -> Any:
+        return b.zext(_load(b, codes, offset, _I8), _I64)
+
+    def four_words(index: Any, first: int) -> Any:
+        """Words first + 4 index .. + 3 of the book."""
+        return _load(b, b.add(words, b.shl(index, ir.Constant(_I64, 4))), 4 * first, four)
+
+    base = 4352 if later else 0  # columns.STAGE
+    columns = []
+    for _ in range(4):
+        halves = []
+        for vector in (0, 1):
+            at = vector * width + (2 if later else 0)
+            index = byte(at)
+            if later and width == 3:
+                halves.append(four_words(index, base))
+                continue
+            high = byte(at + 1)
+            odd_pattern = b.zext(_load(b, b.add(words, b.shl(index, ir.Constant(_I64, 2))), 4 * (base + 4096), _I32), _I64)
+            row = b.or_(high, b.shl(odd_pattern, ir.Constant(_I64, 8)))
+            chosen = b.and_(four_words(index, base + 1024), four_words(row, base + 2048))
+            minus = b.trunc(b.lshr(high, ir.Constant(_I64, 7)), _I32)
+            flip = b.mul(minus, ir.Constant(_I32, 0x80008000))
+            flips = _places(b, b.insert_element(ir.Constant(four, ir.Undefined), flip, ir.Constant(_I32, 0)), [0] * 4)
+            halves.append(b.xor(b.xor(four_words(index, base), chosen), flips))
+        columns.append(b.shuffle_vector(halves[0], halves[1], _vector(_I32, range(8))))
+        codes = b.add(codes, stride)
+    return columns
 
 
 @_instruction(prefer_literal=True)
@@ -288,36 +345,7 @@ def add_points(context: Any, codes: Any, stride: Any, words: Any, x: Any, even: 
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         codes, stride, words, x, even, odd = args[:6]
-        four = ir.VectorType(_I32, 4)
-
-        def byte(offset: int) -> Any:
-            return b.zext(_load(b, codes, offset, _I8), _I64)
-
-        def four_words(index: Any, first: int) -> Any:
-            """Words first + 4 index .. + 3 of the book."""
-            return _load(b, b.add(words, b.shl(index, ir.Constant(_I64, 4))), 4 * first, four)
-
-        base = 4352 if later else 0  # columns.STAGE
-        columns = []
-        for _ in range(4):
-            halves = []
-            for vector in (0, 1):
-                at = vector * width + (2 if later else 0)
-                index = byte(at)
-                if later and width == 3:
-                    halves.append(four_words(index, base))
-                    continue
-                high = byte(at + 1)
-                odd_pattern = b.zext(_load(b, b.add(words, b.shl(index, ir.Constant(_I64, 2))), 4 * (base + 4096), _I32), _I64)
-                row = b.or_(high, b.shl(odd_pattern, ir.Constant(_I64, 8)))
-                chosen = b.and_(four_words(index, base + 1024), four_words(row, base + 2048))
-                minus = b.trunc(b.lshr(high, ir.Constant(_I64, 7)), _I32)
-                flip = b.mul(minus, ir.Constant(_I32, 0x80008000))
-                flips = _places(b, b.insert_element(ir.Constant(four, ir.Undefined), flip, ir.Constant(_I32, 0)), [0] * 4)
-                halves.append(b.xor(b.xor(four_words(index, base), chosen), flips))
-            columns.append(b.shuffle_vector(halves[0], halves[1], _vector(_I32, range(8))))
-            codes = b.add(codes, stride)
-        _add_columns(b, columns, x, even, odd)
+        _add_columns(b, lattice_points(b, codes, stride, words, width, later), x, even, odd)
         return context.get_dummy_value()
 
     return signature, generate
