@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,19 @@ def test_strides_threads_and_many_tokens(grid: tuple[str, float], way: str) -> N
         torch.set_num_threads(before)
     if way == "panels":  # torch may share a sum between threads
         assert torch.equal(again, y)
+
+
+@pytest.mark.skipif(not gemm.AVAILABLE, reason="this processor does not multiply bfloat16 numbers")
+@pytest.mark.parametrize("grid", [("uniform", 2.0), ("trellis", 1.0)], ids=str)
+def test_threads_do_not_share_panels(grid: tuple[str, float]) -> None:
+    """What a product holds is its own until it ends: at first it was freed before, and next taken by another thread."""
+    arguments = layer(700, 300, grid)
+    xs = [inputs(30, 300, seed=s).to(HALF) for s in range(4)]
+    want = [cpu.lowrank_linear(x, **arguments) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(30):
+            found = list(pool.map(lambda x: cpu.lowrank_linear(x, **arguments), xs))
+            assert all(map(torch.equal, found, want))
 
 
 @pytest.mark.parametrize("d", [1, 2, 48, 64, 65, 128, 576, 1000, 1024, 2048, 4096, 11008])

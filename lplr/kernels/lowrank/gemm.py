@@ -205,16 +205,16 @@ def _sum(b: Any, first: Any, second: Any) -> Any:
 
 
 @_compile
-def _fill_by_row(codes: int, bits: int, table: int, begin: int, end: int, out: int, apart: int) -> None:
+def _fill_by_row(codes: int, bits: int, table: int, begin: int, end: int, panels: Any) -> None:
     """Two panels of a tile's blocks begin .. end - 1."""
     for k in range(begin, end):
         for g in range(GROUPS):
-            to = out + ((k - begin) * GROUPS + g) * 2 * _PAIR_BYTES
-            spread_group(bits, codes + (k * bits * GROUPS + g) * LANES, table, to, apart)
+            to = panels.ctypes.data + ((k - begin) * GROUPS + g) * 2 * _PAIR_BYTES
+            spread_group(bits, codes + (k * bits * GROUPS + g) * LANES, table, to, panels.strides[0])
 
 
 @_compile
-def _fill_by_column(codes: Any, code: Any, words: int, tile: int, begin: int, end: int, held: Any, out: int, apart: int) -> None:
+def _fill_by_column(codes: Any, code: Any, words: int, tile: int, begin: int, end: int, held: Any, panels: Any) -> None:
     """Two panels of columns begin .. end - 1, and of as many more as make fours, whatever these hold."""
     d, width = codes.shape
     size = BOTH * PANEL // UNIT * code[2]
@@ -228,34 +228,35 @@ def _fill_by_column(codes: Any, code: Any, words: int, tile: int, begin: int, en
             at, stride = held.ctypes.data + AHEAD, held.shape[1]
             for q in range(min(COLUMNS, d - j)):
                 fetch(codes[j + q], start, size, code[3], held[q])
-        spread_columns(code[0], code[1], at, stride, words, out + (j - begin) // 2 * _PAIR_BYTES, apart)
+        to = panels.ctypes.data + (j - begin) // 2 * _PAIR_BYTES
+        spread_columns(code[0], code[1], at, stride, words, to, panels.strides[0])
 
 
 @_compile
 def multiply(x: Any, fields: Any, codes: Any, words: Any, row: Any, y: Any, add: bool, first: int, last: int) -> None:
     """y (t, n), float32, set or added to: row * (x C^T) in tiles first .. last - 1 of BOTH * PANEL rows, for x by `halves`.
 
-    words: `table`, of a matrix by columns its own.
+    words: `table`, of a matrix by columns its own.  What is made here is handed on as arrays: one whose address alone is used
+    later is freed before.
     """
     n, d, by_row = fields[1], fields[2], fields[0] == BY_ROW
     panels, sums = np.empty((BOTH, STRETCH * PANEL), np.uint16), np.empty((BOTH, len(x), PANEL), np.float32)
     held = np.zeros((COLUMNS, BOTH * PANEL // UNIT * fields[6] + 2 * AHEAD), np.uint8)
-    apart, at = 2 * STRETCH * PANEL, panels.ctypes.data
     for tile in range(first, last):
         sums[:] = np.float32(0)
         for begin in range(0, d, STRETCH):
             end = min(d, begin + STRETCH)
             if by_row:
                 blocks = begin // BLOCK, (end + BLOCK - 1) // BLOCK
-                _fill_by_row(codes[tile].ctypes.data, fields[4], words.ctypes.data, blocks[0], blocks[1], at, apart)
+                _fill_by_row(codes[tile].ctypes.data, fields[4], words.ctypes.data, blocks[0], blocks[1], panels)
             else:
-                _fill_by_column(codes, fields[4:], words.ctypes.data, tile, begin, end, held, at, apart)
-            _accumulate(x, begin, (end - begin + 1) // 2, at, apart, sums)
+                _fill_by_column(codes, fields[4:], words.ctypes.data, tile, begin, end, held, panels)
+            _accumulate(x, begin, (end - begin + 1) // 2, panels, sums)
         _finish(sums, row, y, add, tile * BOTH * PANEL, n)
 
 
 @_compile
-def _accumulate(x: Any, begin: int, pairs: int, panels: int, apart: int, sums: Any) -> None:
+def _accumulate(x: Any, begin: int, pairs: int, panels: Any, sums: Any) -> None:
     """sums (BOTH, t, PANEL) += x (t, from `begin` on, `pairs` pairs) times the panels."""
     tokens, stride = len(x), x.strides[0]
     groups = (tokens + TOKENS - 1) // TOKENS
@@ -263,7 +264,7 @@ def _accumulate(x: Any, begin: int, pairs: int, panels: int, apart: int, sums: A
         for g in range(groups):
             t, end = tokens * g // groups, tokens * (g + 1) // groups
             at = x.ctypes.data + t * stride + 2 * begin
-            add_products(end - t, at, stride, panels + p * apart, pairs, sums[p, t].ctypes.data)
+            add_products(end - t, at, stride, panels[p].ctypes.data, pairs, sums[p, t].ctypes.data)
 
 
 @_compile
