@@ -65,9 +65,32 @@ def test_the_products():
                 assert any(shows(figure, ms) for ms in times), (label, shape, figure)
 
 
+def test_the_products_of_many_tokens():
+    (_, *columns), *shown = table("Speed", 1)
+    rows = results("kernels_cpu.json")["rows"]
+    assert len(shown) >= 6
+    for label, *cells in shown:
+        for column, cell in zip(columns, cells, strict=True):
+            shape, _, tokens = column.partition(", ")
+            there = [r for r in rows if f"{r['n']} x {r['d']}" == shape and r["tokens"] == int(tokens)]
+            named = [r for r in there if all(word in r["format"] for word in re.findall(r"[\w.]+", label.split(" (")[0]))]
+            assert any(shows(cell, r["times_bfloat16"]) for r in named), (label, column)
+
+
+def test_generate_and_one_matrix():
+    number = r"([\d.]+)"
+    at = rf"tokens a second\): {number} at 1 bit, double binary, against {number} .* trellis, {number} against {number}"
+    told = re.search(at, README)
+    found = [run[kind]["tokens_per_second"] for run in results("generate_cpu.json").values() for kind in ("compressed", "dense")]
+    assert told and all(map(shows, told.groups(), found))
+    for line in results("one_matrix.json")["lines"]:
+        told = re.search(rf"`{line['method']}`[^`]*? ([\d.]+) s, (\d+) %", README)
+        assert told and shows(told[1], line["seconds"]) and shows(told[2], 100 * line["share"]), line["method"]
+
+
 def test_the_products_of_a_gpu():
     found = results("kernels_gpu.json")["lines"]
-    (_, _, *formats), *shown = table("Speed", 1)
+    (_, _, *formats), *shown = table("Speed", 2)
     assert len(shown) >= 5
     for label, cublas, *cells in shown:
         shape, _, tokens = label.partition(", ")

@@ -199,7 +199,7 @@ def ggml(folder: Path, n: int, d: int, tokens: int, threads: int, open_ones: con
     for name, kind in GGML.items():
         if (d % 256 and name not in ("Q4_0", "Q8_0")) or (name == "IQ1_S" and tokens > 1):  # the latter takes seconds
             continue
-        context = base.ggml_init(_Parameters(n * d * 5 // 4 + 64 * tokens * (n + d) + (128 << 20), None, False))
+        context = base.ggml_init(_Parameters(n * d * 5 // 4 + 64 * tokens * (n + d) + (256 << 20), None, False))
         open_ones.callback(base.ggml_free, context)
         weight = base.ggml_new_tensor_2d(context, kind, d, n)
         given = base.ggml_new_tensor_2d(context, 0, d, tokens)

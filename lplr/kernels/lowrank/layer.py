@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import carray
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]  (documented as numba.carray)
 
 from lplr.kernels import levels, normal_float
 from lplr.kernels.backend import jit
