@@ -57,12 +57,21 @@ def form(op: str, reference: ModuleType, x: Tensor) -> Any:
 
 
 def direct(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a form may be called past torch's dispatcher, which costs more than a small product: nothing is compiled, traced or
-    differentiated.  A subclass, such as a fake tensor, may hold no numbers to look at.
+    """Whether a form may be called past torch's dispatcher, which costs more than a small product: nothing is compiled, traced,
+    transformed or differentiated.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or not plain(x):
         return False
     return not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *others)))
+
+
+def plain(x: Tensor) -> bool:
+    """Whether the memory of x holds its numbers, and no mode of torch (tracing, fake tensors) or transform of torch.func has to
+    see what is done to them.
+    """
+    internals: Any = torch._C  # what torch.utils and torch.func ask
+    traced = internals._len_torch_dispatch_stack() or internals._functorch.peek_interpreter_stack() is not None
+    return type(x) is Tensor and not x.is_neg() and not traced
 
 
 def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:

@@ -334,3 +334,52 @@ def test_the_reference_serves_without_numba(why: str, monkeypatch: pytest.Monkey
         assert torch.equal(y, reference.lowrank_linear(x, **arguments))
     finally:
         compiled.cache_clear()
+
+
+def held(arguments: dict[str, Any]) -> lowrank.Layer:
+    """The layer of these arguments."""
+    none = ("uniform", 0.0)
+    sizes: dict[str, Any] = {"rank": 0, "l_grid": none, "r_grid": none, "q_grid": none, "q_narrow": 0}
+    sizes |= {k: v for k, v in arguments.items() if not isinstance(v, torch.Tensor)}
+    return lowrank.Layer(sizes, {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)})
+
+
+def test_memory_that_moves_is_noticed() -> None:
+    """Shared memory has another address and the same version."""
+    for grid in (("trellis", 2.0), ("uniform", 2.0)):
+        arguments, x = layer(64, 96, grid), inputs(3, 96)
+        once = held(arguments)
+        with torch.no_grad():
+            before = once(x)
+            for t in once.stored:
+                if t is not None:
+                    t.share_memory_()
+            junk = [torch.full((size,), 3e38) for size in (64, 96, 1024, 4096) for _ in range(40)]
+            assert torch.equal(once(x), before), len(junk)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("grid", [("trellis", 2.0), ("uniform", 2.0), ("normal_float", 4.0)])
+def test_the_default_device_is_not_where_results_lie(grid: tuple[str, float], tokens: int) -> None:
+    arguments, x = layer(70, 96, grid, rotated=True), inputs(tokens, 96)
+    for dtype in (torch.float32, torch.bfloat16):
+        want = cpu.lowrank_linear(x.to(dtype), **arguments)
+        with torch.no_grad(), torch.device("meta"):
+            assert torch.equal(cpu.lowrank_linear(x.to(dtype), **arguments), want)
+
+
+def test_transforms_of_torch_see_the_op() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    arguments, x = layer(40, 30, ("uniform", 2.0)), inputs(3, 30)
+    once = held(arguments)
+    want = reference.lowrank_linear(x.double(), **arguments)
+    with torch.no_grad():
+        for y in (
+            torch.func.functionalize(once)(x),
+            make_fx(once)(x)(x),
+            make_fx(once)(torch.zeros_like(x))(x),
+            once(torch._neg_view(-x)),
+            lowrank.lowrank_linear(torch._neg_view(-x), **arguments),
+        ):
+            assert distance(y, want) <= BOUND[torch.float32]

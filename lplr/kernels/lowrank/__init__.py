@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lplr.kernels.backend import compiled, direct, form
+from lplr.kernels.backend import compiled, direct, form, plain
 from lplr.kernels.lowrank import op, reference
+from lplr.kernels.lowrank.state import state
 
 __all__ = ["Layer", "lowrank_linear"]
 
@@ -36,18 +37,17 @@ class Layer:
         self.arguments = {**sizes, **tensors}
         self.stored = tuple(tensors.values())
         self._there = [t for t in self.stored if t is not None]
-        self._counted = not any(t.is_inference() for t in self._there)  # inference tensors do not say when they are written to
-        self._versions: list[int] | None = None
+        self._state: list[int] | None = None
         self._run: Callable[[Tensor], Tensor | None] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """y (..., n) of x (..., d)."""
-        if not torch.is_grad_enabled() and type(x) is Tensor and x.is_cpu:
-            versions = [t._version for t in self._there] if self._counted else []
-            if versions != self._versions:
+        if not torch.is_grad_enabled() and x.is_cpu and plain(x):
+            found = state(self._there)
+            if found != self._state:
                 module = compiled("lowrank")
                 self._run = None if module is None else module.prepared(x.shape[-1], **self.arguments)
-                self._versions = versions if self._run is not None else None
+                self._state = found if self._run is not None else None
             y = None if self._run is None or x.dtype is torch.float64 else self._run(x)
             if y is not None:
                 return y

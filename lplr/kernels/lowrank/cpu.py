@@ -32,6 +32,7 @@ from lplr.kernels.lowrank import columns, gemm, reference, rows
 from lplr.kernels.lowrank.layer import BY_ROW, Matrix, feed, layer, matrix, points, product, record, units
 from lplr.kernels.lowrank.rotation import rotate, rotate_back, rotate_halves
 from lplr.kernels.lowrank.sharing import shared, worth_threads
+from lplr.kernels.lowrank.state import state
 
 FEW = 16  # tokens up to which a product is always made row by row, or column by column
 FEW_BY_COLUMN = 4  # of the grids by columns
@@ -86,7 +87,7 @@ class Plan:
 
     key: tuple[Any, ...]
     others: tuple[Tensor | None, ...]  # all but the one it is kept by
-    versions: list[int]
+    versions: list[int]  # `state` of all
     n: int
     signs: np.ndarray
     out_signs: np.ndarray
@@ -145,21 +146,13 @@ def prepared(
     return None if plan is None else partial(_forward, plan)
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> list[int]:
-    """How often each tensor was written to; inference tensors do not say."""
-    try:
-        return [t._version for t in tensors if t is not None]
-    except RuntimeError:
-        return [0 if t.is_inference() else t._version for t in tensors if t is not None]
-
-
 def _plan(sizes: tuple[Any, ...], tensors: tuple[Tensor | None, ...], d: int) -> Plan | None:
     """The plan of these tensors, made where it is missing or older than they are; None where the reference has to judge."""
     at = 0 if tensors[0] is not None else 2
     owner = tensors[at]
     if owner is None:
         return None
-    key, versions, others = (*sizes, d), _versions(tensors), tensors[:at] + tensors[at + 1 :]
+    key, versions, others = (*sizes, d), state(tensors), tensors[:at] + tensors[at + 1 :]
     kept = _PLANS.get(id(owner))
     if kept is not None and kept[0]() is owner:
         plan = kept[1]
@@ -215,7 +208,7 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     shape = x.shape
     if shape[-1] != d:
         return None
-    y = torch.empty((*shape[:-1], plan.n), dtype=x.dtype)  # x.new_empty takes twice as long
+    y = torch.empty((*shape[:-1], plan.n), dtype=x.dtype, device="cpu")  # x.new_empty takes twice as long
     tokens = x.numel() // d
     if tokens == 0:
         return y
@@ -224,7 +217,7 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
     if not worth_threads(plan.cost * tokens) and tokens <= few and (half or x.dtype is torch.float32) and x.is_contiguous():
         return y if layer(x.data_ptr(), y.data_ptr(), tokens, half, plan.record_at) else None
     inner, out = _turned(plan, x.detach().reshape(-1, d)), y.view(-1, plan.n)
-    found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n)
+    found = out if x.dtype is torch.float32 else torch.empty(tokens, plan.n, device="cpu")
     if not _into(plan, inner, found, 1 if half else 2):
         return None
     _turned_back(plan, found, out)
@@ -267,7 +260,7 @@ def _into(plan: Plan, inner: Tensor, y: Tensor, passes: int) -> bool:
     """y (t, n) of inner (t, d), float32: the products one by one, in threads."""
     (r, l, q, narrow), add = plan.parts, False
     if r is not None and l is not None:
-        z = torch.empty(len(inner), int(r.matrix[0][1]))
+        z = torch.empty(len(inner), int(r.matrix[0][1]), device="cpu")
         if not (_times(r, inner, z, False, passes) and _times(l, z, y, False, passes)):
             return False
         add = True
@@ -332,7 +325,7 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
     if fields[0] == BY_ROW:
         level, size = points(part.grid, part.bits), max(16, AT_ONCE // d)
         for a in range(0, n, size):
-            tile = torch.empty(min(size, n - a), d)
+            tile = torch.empty(min(size, n - a), d, device="cpu")
             out = tile.numpy()
 
             def work(i: int, j: int, a: int = a, out: Any = out) -> None:
@@ -342,9 +335,9 @@ def _by_tiles(part: Part, x: Tensor, y: Tensor, add: bool) -> None:
             found = (x @ tile.T) * (scale[a : a + size] if len(scale) > 1 else scale)
             y[:, a : a + size] = y[:, a : a + size] + found if add else found
         return
-    total, size = torch.zeros(len(x), n), max(16, AT_ONCE // n)
+    total, size = torch.zeros(len(x), n, device="cpu"), max(16, AT_ONCE // n)
     for a in range(0, d, size):
-        tile = torch.empty(min(size, d - a), n)
+        tile = torch.empty(min(size, d - a), n, device="cpu")
         out = tile.numpy()
 
         def decode(i: int, j: int, a: int = a, out: Any = out) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
@@ -24,7 +25,8 @@ from lplr.kernels.lowrank.layer import BY_ROW
 from lplr.kernels.lowrank.vectors import BLOCK, FEATURES, GROUPS, LANES, as_half, lattice_points, prefetch, windows
 from lplr.kernels.trellis.reference import CODES, Code
 
-AVAILABLE = all(FEATURES.get(name) for name in ("avx512bf16", "avx512bw", "avx512f"))
+# before LLVM 16 (numba 0.61) the product of pairs takes words, not bfloat
+AVAILABLE = llvm.llvm_version_info[0] >= 16 and all(FEATURES.get(name) for name in ("avx512bf16", "avx512bw", "avx512f"))
 AMX = FEATURES.get("amx-bf16", False)  # torch's products are then several times as fast
 VECTORS = 4  # vectors of 16 outputs of a panel
 PANEL = 16 * VECTORS
@@ -321,5 +323,5 @@ def table(bits: int) -> np.ndarray:
     """What `multiply` takes for words of a uniform grid: its points in bfloat16, repeated to 32; wider ones are computed."""
     if bits > _TABLE_BITS:
         return np.zeros(16, np.uint32)
-    points = 2 * torch.arange(32) % (2 << bits) - ((1 << bits) - 1)
+    points = 2 * torch.arange(32, device="cpu") % (2 << bits) - ((1 << bits) - 1)
     return points.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint32)

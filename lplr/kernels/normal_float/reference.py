@@ -28,9 +28,9 @@ def levels(bits: float) -> Tensor:
         raise ValueError(f"NormalFloat has no grid of {bits} bits: choose one of {', '.join(f'{w:g}' for w in WIDTHS)}")
     half = 1 << (int(bits) - 1)
     top = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
-    shares = [torch.linspace(top, 0.5, k, dtype=torch.float32)[:-1].double() for k in (half + 1, half)]
+    shares = [torch.linspace(top, 0.5, k, dtype=torch.float32, device="cpu")[:-1].double() for k in (half + 1, half)]
     positive, negative = (torch.special.ndtri(share).float() for share in shares)
-    return torch.cat([-negative, torch.zeros(1), positive.flip(0)]) / positive[0]
+    return torch.cat([-negative, torch.zeros(1, device="cpu"), positive.flip(0)]) / positive[0]
 
 
 def round_to_levels(x: Tensor, bits: float) -> tuple[Tensor, Tensor]:
