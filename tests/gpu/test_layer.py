@@ -31,7 +31,7 @@ def expected(module: LowRankLinear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("tokens", [1, 64])
 @pytest.mark.parametrize("kind", ["factors", *WIDTHS])
 def test_is_the_dense_layer(kind: str, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     module = layer(kind)

@@ -12,7 +12,7 @@ from lplr.kernels.pack import pack
 
 GRIDS = [(grid, bits) for grid, widths in WIDTHS.items() for bits in widths]
 # (n, d, tokens): rows of bytes that 16, 4 and 1 divide, one token, a tile, several tiles, many parts, a prompt
-SHAPES = [(37, 150, 1), (256, 1024, 1), (5, 1100, 1), (130, 257, 35), (130, 257, 65), (96, 512, 64)]
+SHAPES = [(37, 150, 1), (256, 1024, 1), (5, 1100, 1), (130, 257, 35), (130, 257, 65)]
 
 
 def codes_of(n: int, d: int, grid: str, bits: float, generator: torch.Generator) -> Tensor:

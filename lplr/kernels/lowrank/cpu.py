@@ -30,7 +30,7 @@ from torch import Tensor
 from lplr.kernels.levels import BY_COLUMN, narrower, packed_shape
 from lplr.kernels.lowrank import columns, gemm, reference, rows
 from lplr.kernels.lowrank.layer import BY_ROW, Matrix, feed, layer, matrix, points, product, record, units
-from lplr.kernels.lowrank.rotation import rotate, rotate_back, rotate_halves
+from lplr.kernels.lowrank.rotation import rotate, rotate_back, rotate_halves, rounded, widened
 from lplr.kernels.lowrank.sharing import shared, worth_threads
 from lplr.kernels.lowrank.state import state
 
@@ -227,26 +227,33 @@ def _forward(plan: Plan, x: Tensor) -> Tensor | None:
 def _turned(plan: Plan, x: Tensor) -> Tensor:
     """x (t, d) in float32, rotated where the layer is; it may be x itself."""
     t, d = x.shape
-    if not plan.signs.shape[1]:
-        return x.to(torch.float32, memory_format=torch.contiguous_format)
+    signs = plan.signs
     if x.dtype is torch.bfloat16:
         given, inner = _bits(x.contiguous()), np.empty((t, d), np.float32)
-        shared(t, lambda a, b: rotate_halves(given[a:b], plan.signs, inner[a:b]), ROTATION * t * d)
-    else:
+        if signs.shape[1]:
+            shared(t, lambda a, b: rotate_halves(given[a:b], signs, inner[a:b]), ROTATION * t * d)
+        else:
+            shared(t, lambda a, b: widened(given[a:b], inner[a:b]), PASS * t * d)
+    elif signs.shape[1]:
         inner = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
-        shared(t, lambda a, b: rotate(inner[a:b], plan.signs, False), ROTATION * t * d)
+        shared(t, lambda a, b: rotate(inner[a:b], signs, False), ROTATION * t * d)
+    else:
+        return x.to(torch.float32, memory_format=torch.contiguous_format)
     return torch.from_numpy(inner)
 
 
 def _turned_back(plan: Plan, y: Tensor, out: Tensor) -> None:
     """out (t, n) in its dtype, of y, float32, which may be out itself and is overwritten."""
-    v, signs, cost = y.numpy(), plan.out_signs, ROTATION * y.numel()
-    if signs.shape[1] and out.dtype is torch.bfloat16:
+    v, signs, size = y.numpy(), plan.out_signs, y.numel()
+    if out.dtype is torch.bfloat16:
         to = _bits(out)
-        shared(len(v), lambda a, b: rotate_back(v[a:b], signs, to[a:b]), cost)
+        if signs.shape[1]:
+            shared(len(v), lambda a, b: rotate_back(v[a:b], signs, to[a:b]), ROTATION * size)
+        else:
+            shared(len(v), lambda a, b: rounded(v[a:b], to[a:b]), PASS * size)
         return
     if signs.shape[1]:
-        shared(len(v), lambda a, b: rotate(v[a:b], signs, True), cost)
+        shared(len(v), lambda a, b: rotate(v[a:b], signs, True), ROTATION * size)
     if out is not y:
         out.copy_(y)
 

@@ -1,4 +1,7 @@
-"""`kernels.hadamard.rotate`, compiled, in place: butterflies in registers, three steps at a time."""
+"""`kernels.hadamard.rotate`, compiled, in place: butterflies in registers, three steps at a time; and changes of type alone.
+
+Changes of type are not left to torch: its threads go on waiting busily when they are done, on the cores that the product needs.
+"""
 
 from __future__ import annotations
 
@@ -132,5 +135,21 @@ def rotate_back(y: Any, signs: Any, out: Any) -> None:
     """out (t, n), bfloat16: y, float32, rotated back, which overwrites it."""
     for t in range(len(y)):
         rotate(y[t : t + 1], signs, True)
+        for i in range(y.shape[1]):
+            out[t, i] = as_half(y[t, i])
+
+
+@_compile
+def widened(x: Any, out: Any) -> None:
+    """out (t, d), float32: x (t, d), bfloat16 as uint16."""
+    for t in range(len(x)):
+        for j in range(x.shape[1]):
+            out[t, j] = as_float(np.uint32(x[t, j]) << np.uint32(16))
+
+
+@_compile
+def rounded(y: Any, out: Any) -> None:
+    """out (t, n), bfloat16 as uint16: y (t, n), float32."""
+    for t in range(len(y)):
         for i in range(y.shape[1]):
             out[t, i] = as_half(y[t, i])
