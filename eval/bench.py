@@ -92,6 +92,7 @@ _PRACTICE = "logistic ridge 'linear SVM' 'kernel SVM' LightGBM 'sklearn MLP' 'Ad
 
 STEPS = (
     Step("published", "eval/factor/published.py", "published.json", 1, 2),
+    Step("one-matrix", "eval/factor/one_matrix.py", "one_matrix.json", 4, 2),
     Step("grids", "eval/quality/grids.py", "grids.json", 5),
     Step("methods", "eval/quality/methods.py", "methods.json", 40, 2),
     Step("layers", f"eval/quality/layers.py {_TEXTS}", "layers.json", 50),
