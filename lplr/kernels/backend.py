@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,23 +82,53 @@ def jit(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
 
     def decorate(function: Callable[..., Any]) -> Any:
+        if function.__closure__:
+            # numba tells such functions apart by a number that starts anew in each process: code kept by another process may
+            # have the number of a different one, which is then linked in its place
+            numbers = [cell.cell_contents for cell in function.__closure__]
+            assert all(isinstance(number, int | np.number) for number in numbers), function
+            function.__qualname__ += "_" + "_".join(f"{number:d}" for number in numbers)
         try:
-            compiled = njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder to write to
+            compiled: Any = njit(cache=True, **options)(function)
+            compiled._cache._cache_file = _kept(compiled._cache._cache_file)
+        except (RuntimeError, AttributeError, ImportError):  # no folder to write to, or a numba that keeps them otherwise
             return njit(**options)(function)
-        # numba looks at the file of a function alone, but code of other files is compiled into it
-        kept = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
-        if kept is None:  # a numba that keeps them otherwise
-            return njit(**options)(function)
-        kept._source_stamp = (kept._source_stamp, _sources())
         return compiled
 
     return decorate
 
 
+def _kept(numbas: Any) -> Any:
+    """Where numba's cache of a function keeps what was compiled: a file for each key (signature, processor, code), with the key.
+
+    numba's own form numbers the files in an index, and two processes that add to it at once give two keys the same number: the
+    one then runs the code of the other.  It also looks at the file of a function alone, but code of other files is compiled
+    into it: here a change of any source counts.
+    """
+    from numba.core.caching import IndexDataCacheFile
+
+    class Kept(IndexDataCacheFile):
+        def _place(self, key: Any) -> str:
+            name = hashlib.sha256(repr((self._version, key)).encode()).hexdigest()[:16]
+            return self._data_name_pattern.format(number=int(name, 16))
+
+        def save(self, key: Any, data: Any) -> None:
+            self._save_data(self._place(key), (self._source_stamp, key, data))
+
+        def load(self, key: Any) -> Any:
+            try:
+                stamp, found, data = self._load_data(self._place(key))
+            except Exception:  # noqa: BLE001  (absent, cut short, or of sources whose objects are no more: it is compiled again)
+                return None
+            return data if (stamp, found) == (self._source_stamp, key) else None
+
+    place, base = numbas._cache_path, numbas._index_name.removesuffix(".nbi")
+    return Kept(place, base, (numbas._source_stamp, _sources()))
+
+
 @cache
 def _sources() -> str:
-    """A digest of the sources of every kernel: what was compiled from others is compiled again."""
+    """A digest of the sources of every kernel."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
