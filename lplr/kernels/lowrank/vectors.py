@@ -20,17 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import config
 
-from lplr.kernels.lowrank.emit import F32 as _F32
-from lplr.kernels.lowrank.emit import I8 as _I8
-from lplr.kernels.lowrank.emit import I16 as _I16
-from lplr.kernels.lowrank.emit import I32 as _I32
-from lplr.kernels.lowrank.emit import I64 as _I64
-from lplr.kernels.lowrank.emit import call
-from lplr.kernels.lowrank.emit import instruction as _instruction
-from lplr.kernels.lowrank.emit import load as _load
-from lplr.kernels.lowrank.emit import places as _places
-from lplr.kernels.lowrank.emit import store as _store
-from lplr.kernels.lowrank.emit import vector as _vector
+from lplr.kernels.lowrank.emit import F32, I8, I16, I32, I64, call, instruction, load, places, store, vector
 
 LARGEST = 1023
 GROUPS = 8  # groups a block
@@ -75,12 +65,12 @@ def _look_up(b: Any, table: Any, index: Any) -> Any:
         return call(b, SHUFFLE, kind, [table, index])
     out = ir.Constant(kind, ir.Undefined)
     for lane in range(kind.count):
-        place = ir.Constant(_I32, lane)
+        place = ir.Constant(I32, lane)
         out = b.insert_element(out, b.extract_element(table, b.extract_element(index, place)), place)
     return out
 
 
-@_instruction
+@instruction
 def add_block(context: Any, codes: Any, tables: Any, scale: Any, sums: Any) -> Any:
     """sums[i] += scale * sum over the block's groups g of table_g[code_g of row i], for the TILE rows i of a tile.
 
@@ -89,117 +79,117 @@ def add_block(context: Any, codes: Any, tables: Any, scale: Any, sums: Any) -> A
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         codes, tables, scale, sums = args
-        byte, half, wide = ir.VectorType(_I8, LANES), ir.VectorType(_I16, LANES // 2), ir.VectorType(_F32, 8)
+        byte, half, wide = ir.VectorType(I8, LANES), ir.VectorType(I16, LANES // 2), ir.VectorType(F32, 8)
         chunks = range(LANES // 16)  # a vector instruction joins bytes within 16 of them
         joined = [[x for c in chunks for i in range(8 * h, 8 * h + 8) for x in (16 * c + i, LANES + 16 * c + i)] for h in (0, 1)]
         total = [ir.Constant(half, [0] * half.count)] * 4
         for g in range(GROUPS):
-            code = _load(b, codes, LANES * g, byte)
+            code = load(b, codes, LANES * g, byte)
             low, high = (
-                _places(b, _load(b, tables, TABLE * g + 16 * k, ir.VectorType(_I8, 16)), [i % 16 for i in range(LANES)])
+                places(b, load(b, tables, TABLE * g + 16 * k, ir.VectorType(I8, 16)), [i % 16 for i in range(LANES)])
                 for k in (0, 1)
             )
-            for k, index in enumerate((b.and_(code, _vector(_I8, [15] * LANES)), b.lshr(code, _vector(_I8, [4] * LANES)))):
+            for k, index in enumerate((b.and_(code, vector(I8, [15] * LANES)), b.lshr(code, vector(I8, [4] * LANES)))):
                 lows, highs = _look_up(b, low, index), _look_up(b, high, index)
                 for h in (0, 1):
-                    found = b.bitcast(b.shuffle_vector(lows, highs, _vector(_I32, joined[h])), half)
+                    found = b.bitcast(b.shuffle_vector(lows, highs, vector(I32, joined[h])), half)
                     total[2 * k + h] = b.add(total[2 * k + h], found)
-        scales = _places(b, b.insert_element(ir.Constant(wide, ir.Undefined), scale, ir.Constant(_I32, 0)), [0] * 8)
+        scales = places(b, b.insert_element(ir.Constant(wide, ir.Undefined), scale, ir.Constant(I32, 0)), [0] * 8)
         for k in (0, 1):
             for h in (0, 1):
                 for c in chunks:
-                    part = _places(b, total[2 * k + h], range(8 * c, 8 * c + 8))
-                    value = b.sitofp(b.sext(part, ir.VectorType(_I32, 8)), wide)
+                    part = places(b, total[2 * k + h], range(8 * c, 8 * c + 8))
+                    value = b.sitofp(b.sext(part, ir.VectorType(I32, 8)), wide)
                     at = 4 * (LANES * k + 16 * c + 8 * h)
                     value = b.fmul(value, scales, flags=("contract",))
-                    _store(b, b.fadd(_load(b, sums, at, wide), value, flags=("contract",)), sums, at)
+                    store(b, b.fadd(load(b, sums, at, wide), value, flags=("contract",)), sums, at)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, types.int64), generate
 
 
-@_instruction
+@instruction
 def write_tables(context: Any, numbers: Any, tables: Any) -> Any:
     """The GROUPS tables of a block from its BLOCK whole numbers, int16; both addresses."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         numbers, tables = args
         for g in range(GROUPS):
-            four = _load(b, numbers, 8 * g, ir.VectorType(_I16, 4))
-            table = _vector(_I16, [0] * 16)
+            four = load(b, numbers, 8 * g, ir.VectorType(I16, 4))
+            table = vector(I16, [0] * 16)
             for k in range(4):
-                signs = _vector(_I16, [1 if entry >> k & 1 else -1 for entry in range(16)])
-                table = b.add(table, b.mul(_places(b, four, [k] * 16), signs))
-            byte = ir.VectorType(_I8, 16)
-            _store(b, b.trunc(table, byte), tables, TABLE * g)
-            _store(b, b.trunc(b.lshr(table, _vector(_I16, [8] * 16)), byte), tables, TABLE * g + 16)
+                signs = vector(I16, [1 if entry >> k & 1 else -1 for entry in range(16)])
+                table = b.add(table, b.mul(places(b, four, [k] * 16), signs))
+            byte = ir.VectorType(I8, 16)
+            store(b, b.trunc(table, byte), tables, TABLE * g)
+            store(b, b.trunc(b.lshr(table, vector(I16, [8] * 16)), byte), tables, TABLE * g + 16)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
 
 
-@_instruction
+@instruction
 def load64(context: Any, address: Any) -> Any:
     """The eight bytes at an address, little-endian."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return _load(b, args[0], 0, _I64)
+        return load(b, args[0], 0, I64)
 
     return types.uint64(types.int64), generate
 
 
-@_instruction
+@instruction
 def prefetch(context: Any, address: Any) -> Any:
     """Have the bytes at an address, which need not be there, brought near."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        at = b.inttoptr(args[0], _I8.as_pointer())
-        call(b, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(_I32, k) for k in (0, 3, 1))])
+        at = b.inttoptr(args[0], I8.as_pointer())
+        call(b, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, k) for k in (0, 3, 1))])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
 
 
-@_instruction
+@instruction
 def as_float(context: Any, bits: Any) -> Any:
     """The float32 of these 32 bits."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.bitcast(args[0], _F32)
+        return b.bitcast(args[0], F32)
 
     return types.float32(types.uint32), generate
 
 
-@_instruction
+@instruction
 def pointer(context: Any, address: Any) -> Any:
     """An address as a pointer, for `numba.carray`."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], _I8.as_pointer())
+        return b.inttoptr(args[0], I8.as_pointer())
 
     return types.voidptr(types.int64), generate
 
 
-@_instruction
+@instruction
 def half_at(context: Any, address: Any) -> Any:
     """The float32 that the two bytes at an address stand for as bfloat16."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.bitcast(b.shl(b.zext(_load(b, args[0], 0, _I16), _I32), ir.Constant(_I32, 16)), _F32)
+        return b.bitcast(b.shl(b.zext(load(b, args[0], 0, I16), I32), ir.Constant(I32, 16)), F32)
 
     return types.float32(types.int64), generate
 
 
 def _half(b: Any, value: Any) -> Any:
     """The 16 bits of a float32 as bfloat16, rounded to nearest, ties to even."""
-    bits = b.bitcast(value, _I32)
-    even = b.and_(b.lshr(bits, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-    rounded = b.lshr(b.add(b.add(bits, ir.Constant(_I32, 0x7FFF)), even), ir.Constant(_I32, 16))
+    bits = b.bitcast(value, I32)
+    even = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = b.lshr(b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), even), ir.Constant(I32, 16))
     number = b.fcmp_ordered("ord", value, value)
-    return b.trunc(b.select(number, rounded, ir.Constant(_I32, 0x7FC0)), _I16)
+    return b.trunc(b.select(number, rounded, ir.Constant(I32, 0x7FC0)), I16)
 
 
-@_instruction
+@instruction
 def as_half(context: Any, value: Any) -> Any:
     """The bits of a float32 as bfloat16, rounded to nearest, ties to even."""
 
@@ -209,34 +199,34 @@ def as_half(context: Any, value: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
-@_instruction
+@instruction
 def put_half(context: Any, value: Any, address: Any) -> Any:
     """Write a float32 as bfloat16, see `as_half`."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         value, address = args
-        _store(b, _half(b, value), address, 0)
+        store(b, _half(b, value), address, 0)
         return context.get_dummy_value()
 
     return types.void(types.float32, types.int64), generate
 
 
-@_instruction
+@instruction
 def float_at(context: Any, address: Any) -> Any:
     """The float32 at an address."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return _load(b, args[0], 0, _F32)
+        return load(b, args[0], 0, F32)
 
     return types.float32(types.int64), generate
 
 
-@_instruction
+@instruction
 def put_float(context: Any, value: Any, address: Any) -> Any:
     """Write a float32."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        _store(b, args[0], args[1], 0)
+        store(b, args[0], args[1], 0)
         return context.get_dummy_value()
 
     return types.void(types.float32, types.int64), generate
@@ -244,38 +234,38 @@ def put_float(context: Any, value: Any, address: Any) -> Any:
 
 def _add_columns(b: Any, words: list[Any], x: Any, even: Any, odd: Any) -> None:
     """even[k] += x_q * low half of word k, odd[k] += x_q * high half, both as bfloat16, for the 8 words of each column q."""
-    wide, whole = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
-    low, high = _load(b, even, 0, wide), _load(b, odd, 0, wide)
+    wide, whole = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
+    low, high = load(b, even, 0, wide), load(b, odd, 0, wide)
     for q, word in enumerate(words):
         one = ir.Constant(wide, ir.Undefined)
-        factor = _places(b, b.insert_element(one, _load(b, x, 4 * q, _F32), ir.Constant(_I32, 0)), [0] * 8)
-        first = b.bitcast(b.shl(word, _vector(_I32, [16] * 8)), wide)
+        factor = places(b, b.insert_element(one, load(b, x, 4 * q, F32), ir.Constant(I32, 0)), [0] * 8)
+        first = b.bitcast(b.shl(word, vector(I32, [16] * 8)), wide)
         second = b.bitcast(b.and_(word, ir.Constant(whole, [0xFFFF0000] * 8)), wide)
         low = b.fadd(low, b.fmul(factor, first, flags=("contract",)), flags=("contract",))
         high = b.fadd(high, b.fmul(factor, second, flags=("contract",)), flags=("contract",))
-    _store(b, low, even, 0)
-    _store(b, high, odd, 0)
+    store(b, low, even, 0)
+    store(b, high, odd, 0)
 
 
 def windows(b: Any, stream: Any, stride: Any, table: Any, advance: int, place: int, bits: int, pair: bool) -> list[Any]:
     """The 8 words, two rows each, of each of four columns that `add_windows` adds."""
-    entry = _I32 if pair else _I16
+    entry = I32 if pair else I16
     base = b.inttoptr(table, entry.as_pointer())
     words = []
     for _ in range(4):
         found = ir.Constant(ir.VectorType(entry, 8 if pair else 16), ir.Undefined)
         for half in range(1 if pair else 2):
-            held = _load(b, stream, half * advance, _I64)
+            held = load(b, stream, half * advance, I64)
             for k in range(8):
-                window = b.and_(b.lshr(held, ir.Constant(_I64, place + advance * k)), ir.Constant(_I64, (1 << bits) - 1))
+                window = b.and_(b.lshr(held, ir.Constant(I64, place + advance * k)), ir.Constant(I64, (1 << bits) - 1))
                 value = b.load(b.gep(base, [window]))
-                found = b.insert_element(found, value, ir.Constant(_I32, 8 * half + k))
-        words.append(b.bitcast(found, ir.VectorType(_I32, 8)))
+                found = b.insert_element(found, value, ir.Constant(I32, 8 * half + k))
+        words.append(b.bitcast(found, ir.VectorType(I32, 8)))
         stream = b.add(stream, stride)
     return words
 
 
-@_instruction(prefer_literal=True)
+@instruction(prefer_literal=True)
 def add_windows(
     context: Any, stream: Any, stride: Any, table: Any, x: Any, even: Any, odd: Any, up: Any, low: Any, width: Any, both: Any
 ) -> Any:
@@ -300,39 +290,39 @@ def add_windows(
 
 def lattice_points(b: Any, codes: Any, stride: Any, words: Any, width: int, later: bool) -> list[Any]:
     """The 8 words, two rows each, of each of four columns that `add_points` adds."""
-    four = ir.VectorType(_I32, 4)
+    four = ir.VectorType(I32, 4)
 
     def byte(offset: int) -> Any:
-        return b.zext(_load(b, codes, offset, _I8), _I64)
+        return b.zext(load(b, codes, offset, I8), I64)
 
     def four_words(index: Any, first: int) -> Any:
         """Words first + 4 index .. + 3 of the book."""
-        return _load(b, b.add(words, b.shl(index, ir.Constant(_I64, 4))), 4 * first, four)
+        return load(b, b.add(words, b.shl(index, ir.Constant(I64, 4))), 4 * first, four)
 
     base = 4352 if later else 0  # columns.STAGE
     columns = []
     for _ in range(4):
         halves = []
-        for vector in (0, 1):
-            at = vector * width + (2 if later else 0)
+        for stage in (0, 1):
+            at = stage * width + (2 if later else 0)
             index = byte(at)
             if later and width == 3:
                 halves.append(four_words(index, base))
                 continue
             high = byte(at + 1)
-            odd_pattern = b.zext(_load(b, b.add(words, b.shl(index, ir.Constant(_I64, 2))), 4 * (base + 4096), _I32), _I64)
-            row = b.or_(high, b.shl(odd_pattern, ir.Constant(_I64, 8)))
+            odd_pattern = b.zext(load(b, b.add(words, b.shl(index, ir.Constant(I64, 2))), 4 * (base + 4096), I32), I64)
+            row = b.or_(high, b.shl(odd_pattern, ir.Constant(I64, 8)))
             chosen = b.and_(four_words(index, base + 1024), four_words(row, base + 2048))
-            minus = b.trunc(b.lshr(high, ir.Constant(_I64, 7)), _I32)
-            flip = b.mul(minus, ir.Constant(_I32, 0x80008000))
-            flips = _places(b, b.insert_element(ir.Constant(four, ir.Undefined), flip, ir.Constant(_I32, 0)), [0] * 4)
+            minus = b.trunc(b.lshr(high, ir.Constant(I64, 7)), I32)
+            flip = b.mul(minus, ir.Constant(I32, 0x80008000))
+            flips = places(b, b.insert_element(ir.Constant(four, ir.Undefined), flip, ir.Constant(I32, 0)), [0] * 4)
             halves.append(b.xor(b.xor(four_words(index, base), chosen), flips))
-        columns.append(b.shuffle_vector(halves[0], halves[1], _vector(_I32, range(8))))
+        columns.append(b.shuffle_vector(halves[0], halves[1], vector(I32, range(8))))
         codes = b.add(codes, stride)
     return columns
 
 
-@_instruction(prefer_literal=True)
+@instruction(prefer_literal=True)
 def add_points(context: Any, codes: Any, stride: Any, words: Any, x: Any, even: Any, odd: Any, size: Any, second: Any) -> Any:
     """The same for a lattice of `size` bytes a vector, with the addresses of the first column's codes and of `lattice_book`.
 

@@ -34,7 +34,8 @@ def matmul(
 
     The torch form computes in x's type.  On a GPU sums are float32 and the result is rounded once; x is float32, bfloat16 or
     float16 (float64 takes the torch form, which is the only one that is so exact).  Tensor cores multiply bfloat16; float16 and
-    float32 are taken as sums of two and three such numbers, and with them NormalFloat levels as sums of two.
+    float32 are taken as sums of two and three such numbers, and with them NormalFloat levels as sums of two (from 64 tokens on
+    such products are float32 ones).
     """
     if direct(x, row, col):
         return form("matmul", reference, x).matmul(x, codes, n, (grid[0], float(grid[1])), row, col, narrow_codes, narrow)

@@ -188,10 +188,10 @@ def by_points(x: Tensor, parts: list[Part], grid: str, row: Tensor | None, out: 
     """out (m, n) = (x C^T) row for x (m, d), float32 or of out's type, the points of some rows of C (n, d) after another."""
     n, parts = out.shape[1], sorted(parts, key=lambda part: part[0])
     start = parts[0][0]  # before it all points are zero
-    exact = grid == "normal_float" and out.dtype != torch.bfloat16
+    plain = grid == "normal_float" and out.dtype != torch.bfloat16  # its points are not exact in bfloat16: float32 products
     scaled = [x[:, first:last] if ratio == 1 else x[:, first:last].float() * ratio for first, last, _, _, ratio in parts]
     whole = torch.cat(scaled, 1) if len(scaled) > 1 else scaled[0]
-    x, d = pieces_of(whole, 0 if exact else PIECES[out.dtype]), x.shape[1] - start
+    x, d = pieces_of(whole, 0 if plain else PIECES[out.dtype]), x.shape[1] - start
     some = max(UNIT_OF_ROWS, AT_ONCE // max(1, d) // UNIT_OF_ROWS * UNIT_OF_ROWS)
     for top in range(0, n, some):
         rows = slice(top, min(n, top + some))
