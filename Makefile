@@ -26,7 +26,7 @@ demo: $(STAMP)  ## compress, evaluate, report and run SmolLM2-135M-Instruct
 	$(BIN)/lplr demo
 
 test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)  ## the tests of the GPU kernels, on a machine with a GPU: TORCH=torch make test-gpu
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
