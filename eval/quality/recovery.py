@@ -4,8 +4,9 @@
         [--bits 1 2] [--only none absorbed blocks distilled] [--nsamples 128] [--epochs 1] [--distill-epochs 2]
         [--lr 0] [--scale-lr 0.003] [--scratch DIR]
 
-FOLDER holds the dense model.  Every row is `lplr compress` of its own, from the start, with the settings that it names and every
-other one at its default:
+FOLDER holds the dense model.  Every row is `lplr compress` with the settings that it names and every other one at its default,
+from the start (after `blocks` in the same call, `distilled` goes on with a copy of its folder, which is what it would make: its
+seconds are those of both):
 
     none        factorization only: every matrix for the inputs that it sees, propagation 0
     absorbed    and matrices make up for what those before them did: propagation at its default, in closed form
@@ -26,9 +27,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import tempfile
 import time
+from contextlib import suppress
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,8 @@ import lplr
 from lplr import records
 from lplr.evaluate.perplexity import evaluate
 from lplr.hf.text import evaluation_tokens, read_text
-from lplr.recipe import make_recipe
+from lplr.recipe import Recipe, make_recipe
+from lplr.stream.compress import ROUNDED
 
 TARGET = Path(__file__).parents[1] / "results" / "recovery.json"
 STAGES = ("none", "absorbed", "blocks", "distilled")
@@ -59,6 +64,22 @@ def tokens_of(entries: list[dict[str, Any]]) -> dict[str, int]:
     """Tokens that gradients were taken on: of each block, and of the whole model."""
     of = {kind: [e["tokens"] for e in entries if e["kind"] == kind] for kind in ("recovery", "distillation")}
     return {"blocks": max(of["recovery"], default=0), "model": sum(of["distillation"])}
+
+
+class Begun(Exception):
+    pass
+
+
+def go_on_from(blocks: Path, recipe: Recipe, folder: Path) -> None:
+    """Begin a run whose stages before the last one are those of the finished folder `blocks`."""
+
+    def stop(*_: Any) -> None:
+        raise Begun
+
+    with suppress(Begun):  # a run that is stopped goes on with what it finds
+        lplr.compress(recipe, folder, progress=stop)
+    shutil.rmtree(folder / ROUNDED, ignore_errors=True)
+    shutil.copytree(blocks, folder / ROUNDED)
 
 
 def main() -> None:
@@ -93,19 +114,24 @@ def main() -> None:
     base = perplexity(args.model)
     print(f"full precision: {base:.4f}")
     print(f"{'bits':>7} {'stage':10} {'calibration':28} {'perplexity':>10} {'ratio':>8} {'seconds':>8} {'cpu':>8}  tokens")
-    for bits in args.bits:
-        for stage in args.only:
+    spent: dict[Path, tuple[float, float]] = {}  # what the folders that this process made took
+    with tempfile.TemporaryDirectory() as temporary:
+        for bits, stage in product(args.bits, args.only):
             chosen = {"model": args.model, "dataset": args.calibration, "nsamples": args.nsamples, "bits": bits}
             recipe = make_recipe({**chosen, **settings_of(stage, args)})
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = (args.scratch or Path(scratch)) / f"{stage}-{bits:g}-{Path(args.calibration).stem}"
-                resumed = folder.exists()
-                started, cpu = time.perf_counter(), time.process_time()
-                made = lplr.compress(recipe, folder)
-                took, used = time.perf_counter() - started, time.process_time() - cpu
-                entries = records.read(folder / records.LEDGER)
-                value = perplexity(folder)
-            told = tokens_of(entries)
+            place = args.scratch or Path(temporary)
+            folder, blocks = (place / f"{s}-{bits:g}-{Path(args.calibration).stem}" for s in (stage, "blocks"))
+            resumed, earlier = folder.exists(), (0.0, 0.0)
+            if stage == "distilled" and not resumed and blocks in spent:
+                go_on_from(blocks, recipe, folder)
+                earlier = spent[blocks]
+            started, cpu = time.perf_counter(), time.process_time()
+            made = lplr.compress(recipe, folder)
+            took, used = time.perf_counter() - started + earlier[0], time.process_time() - cpu + earlier[1]
+            if not resumed:
+                spent[folder] = took, used
+            told = tokens_of(records.read(folder / records.LEDGER))
+            value = perplexity(folder)
             row = {
                 "bits_per_weight": records.bits_per_weight(made),
                 "calibration": {"name": calibration.name, "sha256": calibration.sha256, "rows": args.nsamples},

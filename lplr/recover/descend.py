@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from lplr.errors import BackendError
 
 BETAS = 0.9, 0.95
 WARM = 0.1  # share of the steps in which the step size rises
@@ -48,13 +51,13 @@ class Course:
 
 @dataclass(frozen=True)
 class State:
-    """All that a descent needs to go on behind an epoch: the parameters, the best ones, AdamW's moments, in the parameters'
-    order, the generator's state; losses, the first that of the start.
+    """All that a descent needs to go on behind an epoch: the parameters, the best ones, what the optimizer keeps of each (by its
+    own names, whole numbers as int64), the generator's state; losses, the first that of the start.
     """
 
     parameters: list[Tensor]
     best: list[Tensor]
-    moments: list[tuple[Tensor, Tensor]]
+    moments: list[dict[str, Tensor]]
     generator: Tensor
     losses: list[float]
 
@@ -68,6 +71,7 @@ def descend(
     *,
     epochs: int,
     generator: torch.Generator,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     say: Callable[[int, float], None] = lambda *_: None,
     keep: Callable[[State], None] | None = None,
     resume: State | None = None,
@@ -75,9 +79,10 @@ def descend(
     """Minimise the mean of loss(make(), rows) over the slices `train`; afterwards the parameters are those, of the start and of
     every epoch's end, with the least mean over `held_out`.
 
-    make gives tensors as functions of the parameters; it is called once a step.  One step for a slice, in an order drawn from
-    `generator` anew in each epoch; the step size rises linearly and falls as a cosine.  say is called with (epochs done, held-out
-    loss), keep with what `resume` takes after each epoch.  A loss that is not finite ends the descent.  Not for inference mode.
+    make gives tensors as functions of the parameters; it is called once a step.  optimizer: see `optimizer_of`.  One step for a
+    slice, in an order drawn from `generator` anew in each epoch; the step size rises linearly and falls as a cosine.  say is
+    called with (epochs done, held-out loss), keep with what `resume` takes after each epoch.  A loss that is not finite ends the
+    descent.  Not for inference mode.
     """
     started = time.perf_counter()
     groups = [group for group in groups if group.parameters and group.lr]
@@ -86,9 +91,10 @@ def descend(
     kept = [p.detach().clone() for p in parameters] if resume is None else [t.clone() for t in resume.best]
     each = len(train)
     if parameters and epochs and math.isfinite(losses[0]):
-        optimizers = [torch.optim.AdamW(list(g.parameters), lr=g.lr, betas=BETAS, weight_decay=0.0) for g in groups]
+        more: dict[str, Any] = {"betas": BETAS, "weight_decay": 0.0}
+        optimizers = [optimizer(list(group.parameters), lr=group.lr, **more) for group in groups]
         if resume is not None:
-            _restore(resume, groups, optimizers, generator, each)
+            _restore(resume, groups, optimizers, generator)
         for epoch in range(len(losses) - 1, epochs):
             if not math.isfinite(losses[-1]):
                 break
@@ -97,18 +103,19 @@ def descend(
                 share = step_size(each * epoch + i, each * epochs)
                 with torch.enable_grad():
                     loss(make(), train[order[i]]).backward()
-                for optimizer, group in zip(optimizers, groups, strict=True):
+                for group, mover in zip(groups, optimizers, strict=True):
                     if (i + 1) % group.every == 0 or i + 1 == each:
-                        optimizer.param_groups[0]["lr"] = share * group.lr
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
+                        mover.param_groups[0]["lr"] = share * group.lr
+                        mover.step()
+                        increment_version(group.parameters)  # which an optimizer that writes through `.data` does not
+                        mover.zero_grad(set_to_none=True)
             found = mean(make, loss, held_out)
             if found < min(losses):
                 kept = [p.detach().clone() for p in parameters]
             losses.append(found)
             say(epoch + 1, found)
             if keep is not None and math.isfinite(found):
-                moments = [found for g, o in zip(groups, optimizers, strict=True) for found in _moments(g.parameters, o)]
+                moments = [_moments(mover, p) for group, mover in zip(groups, optimizers, strict=True) for p in group.parameters]
                 keep(State([p.detach() for p in parameters], kept, moments, generator.get_state(), losses))
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):
@@ -117,27 +124,46 @@ def descend(
     return Course(losses[0], tuple(losses[1:]), best, each * (len(losses) - 1), time.perf_counter() - started)
 
 
-def _moments(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-    none = torch.zeros(())
-    states = (optimizer.state.get(p, {}) for p in parameters)
-    return [(state.get("exp_avg", none), state.get("exp_avg_sq", none)) for state in states]
+def optimizer_of(name: str) -> type[torch.optim.Optimizer]:
+    """AdamW of torch (`adamw`), or of bitsandbytes with moments of 8 bits in blocks (`adamw_8bit`; Dettmers et al., "8-bit
+    Optimizers via Block-wise Quantization", ICLR 2022).  Raises BackendError without that package.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise BackendError(
+            "optimizer: adamw_8bit needs the package bitsandbytes: pip install 'bitsandbytes>=0.50', or take adamw"
+        ) from None
+    return AdamW8bit
+
+
+def _moments(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimizer keeps of a parameter; nothing before its first step."""
+    return {name: torch.as_tensor(value) for name, value in optimizer.state.get(p, {}).items()}
 
 
 def _restore(
-    state: State, groups: Sequence[Group], optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator, each: int
+    state: State, groups: Sequence[Group], optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator
 ) -> None:
-    """Everything as it was behind the last epoch of a state, `each` steps an epoch."""
-    epochs, at = len(state.losses) - 1, 0
+    """Everything as it was behind the last epoch of a state."""
+    held = zip(state.parameters, state.moments, strict=True)
     with torch.no_grad():
         for group, optimizer in zip(groups, optimizers, strict=True):
-            taken = torch.tensor(float(epochs * -(-each // group.every)))
             for p in group.parameters:
-                p.copy_(state.parameters[at])
-                first, second = state.moments[at]
-                if first.shape == p.shape:
-                    optimizer.state[p] = {"step": taken.clone(), "exp_avg": first.clone(), "exp_avg_sq": second.clone()}
-                at += 1
+                value, moments = next(held)
+                p.copy_(value)
+                if moments:
+                    optimizer.state[p] = {name: _as_kept(t, p) for name, t in moments.items()}
     generator.set_state(state.generator)
+
+
+def _as_kept(moment: Tensor, p: Tensor) -> Tensor | int:
+    """What `_moments` made a tensor of: numbers of steps are whole numbers or stay where they are, arrays lie beside p."""
+    if moment.dim() == 0:
+        return moment.clone() if moment.is_floating_point() else int(moment)
+    return moment.to(p.device, copy=True)
 
 
 def step_size(step: int, total: int) -> float:

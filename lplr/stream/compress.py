@@ -29,6 +29,7 @@ from lplr.hf.skeleton import materialise, release
 from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
+from lplr.recover import optimizer_of
 from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, embed, loaded, stages
@@ -119,6 +120,7 @@ class _Run:
             notify(f"tensor {left} of the checkpoint has no place in the model and is left out")
         if not (folder / "config.json").is_file():  # else it is finished, and left as it is
             check_memory(checkpoint, plans, recipe)
+            optimizer_of(recipe.recovery.optimizer)  # an error now, not after hours
         tokens, calibration = calibration_windows(recipe, checkpoint, seeded(recipe.seed, "calibration"), notify)
         if told := recipe.untuned(tokens is not None):
             notify(told)

@@ -4,8 +4,9 @@
 
 p the original's next-token distributions on the calibration text, as `recover.distill` keeps them: it runs once.  Unlike in every
 other stage the whole model is in memory: its weights, their latents, what these are rounded to, the best ones, a gradient and
-AdamW's two moments of each, 28 bytes a weight.  After each pass over the text they are written down, and a killed run goes on
-behind the last one.  What is tuned begins as the finished folder of the stages before; every matrix is certified again.
+AdamW's two moments of each, 28 bytes a weight (22 with moments of 8 bits).  After each pass over the text they are written
+down, and a killed run goes on behind the last one.  What is tuned begins as the finished folder of the stages before; every
+matrix is certified again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lplr.files import remove
 from lplr.hf.skeleton import run_head
 from lplr.nn import is_conv1d
 from lplr.recipe import Recipe
-from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, applied, descend, taught
+from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, applied, descend, optimizer_of, taught
 from lplr.stream.calibrate import Activations, advance, embed, loaded, outside
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.device import autocast, product_dtype
@@ -195,6 +196,7 @@ def _descended(student: Student, inputs: Activations, told: Likeliest, recipe: R
         train,
         held,
         epochs=recovery.distill_epochs,
+        optimizer=optimizer_of(recovery.optimizer),
         generator=seeded(recipe.seed, "distillation"),
         say=told_of,
         keep=lambda state: _write(folder / STATE, state),
@@ -204,8 +206,8 @@ def _descended(student: Student, inputs: Activations, told: Likeliest, recipe: R
 
 def _write(path: Path, state: State) -> None:
     lists = {"parameters": state.parameters, "best": state.best}
-    lists |= {"first": [m for m, _ in state.moments], "second": [v for _, v in state.moments]}
     tensors = {f"{kind}.{i}": t for kind, found in lists.items() for i, t in enumerate(found)}
+    tensors |= {f"moments.{i}.{name}": t for i, found in enumerate(state.moments) for name, t in found.items()}
     facts = torch.frombuffer(bytearray(json.dumps(state.losses).encode()), dtype=torch.uint8)
     write_shard(path, tensors | {"generator": state.generator, "losses": facts})
 
@@ -216,11 +218,15 @@ def _read(path: Path) -> State | None:
         return None
     held = {name: entry.read() for name, entry in read_entries(path).items()}
     count = sum(name.startswith("best.") for name in held)
-    parameters, best, first, second = (
-        [held[f"{kind}.{i}"] for i in range(count)] for kind in ("parameters", "best", "first", "second")
-    )
+    parameters, best = ([held[f"{kind}.{i}"] for i in range(count)] for kind in ("parameters", "best"))
+    moments: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in held.items():
+        kind, _, rest = name.partition(".")
+        if kind == "moments":
+            i, _, what = rest.partition(".")
+            moments[int(i)][what] = tensor
     losses = json.loads(bytes(held["losses"].tolist()))
-    return State(parameters, best, list(zip(first, second, strict=True)), held["generator"], losses)
+    return State(parameters, best, moments, held["generator"], losses)
 
 
 def _commit(student: Student, line: dict[str, Any], rounded: Path, ledger: Ledger, recipe: Recipe, say: Say) -> None:

@@ -217,7 +217,8 @@ def _distillation_memory(checkpoint: Checkpoint, plans: list[LayerPlan], recipe:
     """Peak bytes of the last stage of recovery, which holds all blocks at once; 0 without it."""
     if not recipe.recovery.distill_epochs or recipe.dataset == "none":
         return 0
-    each = 28 if recipe.recovery.lr else product_dtype(usable_device(recipe.device)).itemsize
+    latents = 28 if recipe.recovery.optimizer == "adamw" else 22
+    each = latents if recipe.recovery.lr else product_dtype(usable_device(recipe.device)).itemsize
     packed = recipe.bits / 8  # the codes, which stay beside
     weights = sum(int((each + packed if p.format else 4) * prod(p.shape)) for p in plans)
     hidden, count = _hidden(checkpoint) or max(p.shape[1] for p in plans), len(checkpoint.stack)

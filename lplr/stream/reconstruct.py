@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lplr.factor import Factorization
 from lplr.hf.skeleton import run_block
 from lplr.recipe import Recovery
-from lplr.recover import Course, Latent, Tunable, applied, descend, relative_error
+from lplr.recover import Course, Latent, Tunable, applied, descend, optimizer_of, relative_error
 from lplr.stream.calibrate import Activations
 from lplr.stream.checkpoint import Checkpoint
 
@@ -98,7 +98,8 @@ def reconstruct(
 
     train, held = split(inputs)
     groups = chosen.groups(recovery.lr, recovery.scale_lr)
-    course = descend(groups, chosen.tensors, loss, train, held, epochs=recovery.epochs, generator=generator, say=say)
+    how = {"epochs": recovery.epochs, "optimizer": optimizer_of(recovery.optimizer)}
+    course = descend(groups, chosen.tensors, loss, train, held, **how, generator=generator, say=say)
     made = {name: latents[within[name]].factorization() for name in matrices}
     rest = {block.prefix + name: tensor for name, tensor in chosen.stored().items()}
     return Reconstructed(made, rest, course, tokens_of(course, train, inputs))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from lplr.recover import Course, Group, State, descend, relative_error
+from lplr.errors import BackendError
+from lplr.recover import Course, Group, State, descend, optimizer_of, relative_error
 from lplr.recover.descend import step_size
+from lplr.stream.distill import _read, _write
 
 ROWS = [slice(i, i + 8) for i in range(0, 64, 8)]
 
@@ -138,8 +141,9 @@ def test_a_descent_goes_on_behind_the_last_epoch(stop):
     def keep(state):
         states.append(
             State(
-                *[[t.clone() for t in part] for part in (state.parameters, state.best)],
-                [(a.clone(), b.clone()) for a, b in state.moments],
+                [t.clone() for t in state.parameters],
+                [t.clone() for t in state.best],
+                [{name: t.clone() for name, t in found.items()} for found in state.moments],
                 state.generator.clone(),
                 list(state.losses),
             )
@@ -154,6 +158,67 @@ def test_a_descent_goes_on_behind_the_last_epoch(stop):
     found = course(again, loss, generator=gen(), resume=states[-1])
     assert torch.equal(again, whole)
     assert (found.before, found.losses, found.after) == (wanted.before, wanted.losses, wanted.after)
+
+
+def wide(seed: int = 0):
+    """A least-squares problem of 8,192 unknowns, above the size from which moments are of 8 bits."""
+    wanted = torch.randn(8192, generator=torch.Generator().manual_seed(seed))
+    p = nn.Parameter(torch.zeros(8192))
+    return p, wanted, lambda made, rows: (made["p"] - wanted).square()[rows.start :: 8].mean()
+
+
+def eight_bits() -> type[torch.optim.Optimizer]:
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    return optimizer_of("adamw_8bit")
+
+
+def test_moments_of_8_bits_lead_where_those_of_32_do():
+    ends, kept = [], []
+    for optimizer in (optimizer_of("adamw"), eight_bits()):
+        p, wanted, loss = wide()
+        course = descend(
+            [Group([p], 0.1)], lambda p=p: {"p": p}, loss, [slice(i, i + 8) for i in range(8)], [slice(0, 8)],
+            epochs=24, generator=gen(), optimizer=optimizer, keep=kept.append,
+        )  # fmt: skip
+        assert course.after < 1e-2 * course.before
+        ends.append(p.detach())
+    # the error of one rounded moment is below 1/64 of the largest of its block, steps are of at most .1
+    assert float((ends[0] - ends[1]).square().mean()) < 1e-2 * float(wanted.square().mean())
+    found = kept[-1].moments[0]
+    assert {t.dtype for t in found.values() if t.numel() == 8192} == {torch.uint8}
+    assert sum(t.nbytes for t in found.values()) < 3 * 8192 < 8 * 8192
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_descent_with_moments_of_8_bits_goes_on(stop, tmp_path):
+    """Through the file that distillation keeps, with a group that has not moved yet."""
+    optimizer, ends, states = eight_bits(), [], []
+
+    def course(**more):
+        p, _, loss = wide()
+        still, small = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(5))
+
+        def make():
+            return {"p": p * small.mean()}
+
+        groups = [Group([p, small], 0.1), Group([still], 0.1)]
+        found = descend(groups, make, loss, ROWS, ROWS[:1], epochs=4, generator=gen(), optimizer=optimizer, **more)
+        ends.append((p.detach(), small.detach(), found.losses))
+
+    def keep(state):
+        states.append(state)
+        if len(states) == stop:
+            _write(tmp_path / "state", state)
+
+    course(keep=keep)
+    course(resume=_read(tmp_path / "state"))
+    assert all(map(torch.equal, ends[0][:2], ends[1][:2])) and ends[0][2] == ends[1][2]
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    with pytest.raises(BackendError, match="pip install 'bitsandbytes>=0.50', or take adamw"):
+        optimizer_of("adamw_8bit")
 
 
 def test_step_sizes_rise_and_fall():

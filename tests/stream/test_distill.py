@@ -79,10 +79,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", ["state", "shard", "line"])
-def test_a_run_killed_anywhere_ends_in_the_same_bytes(at: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("at", "optimizer"), [("state", "adamw"), ("shard", "adamw"), ("line", "adamw"), ("state", "adamw_8bit")]
+)
+def test_a_run_killed_anywhere_ends_in_the_same_bytes(at: str, optimizer: str, tmp_path: Path):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", minversion="0.50")
     source = checkpoints.write(tmp_path / "base", "llama")
-    chosen = chosen_for(source)
+    chosen = chosen_for(source, optimizer=optimizer)
     run(chosen, tmp_path / "whole")
     # (file, step, which time it comes): behind the first pass, before the second shard, before the third lines
     file, step, times = {
