@@ -7,11 +7,8 @@ descend     the optimisation loop: the best iterate on held-out rows is kept
 """
 
 from lplr.recover.block import Tunable, applied, relative_error
-from lplr.recover.descend import Course, Group, State, descend, optimizer_of
+from lplr.recover.descend import Course, Group, State, descend
 from lplr.recover.distill import Likeliest, taught
 from lplr.recover.latent import Latent
 
-__all__ = [
-    "Course", "Group", "Latent", "Likeliest", "State", "Tunable",
-    "applied", "descend", "optimizer_of", "relative_error", "taught",
-]  # fmt: skip
+__all__ = ["Course", "Group", "Latent", "Likeliest", "State", "Tunable", "applied", "descend", "relative_error", "taught"]

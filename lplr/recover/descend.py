@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from lplr.errors import BackendError
-
 BETAS = 0.9, 0.95
 WARM = 0.1  # share of the steps in which the step size rises
 
@@ -79,10 +77,10 @@ def descend(
     """Minimise the mean of loss(make(), rows) over the slices `train`; afterwards the parameters are those, of the start and of
     every epoch's end, with the least mean over `held_out`.
 
-    make gives tensors as functions of the parameters; it is called once a step.  optimizer: see `optimizer_of`.  One step for a
-    slice, in an order drawn from `generator` anew in each epoch; the step size rises linearly and falls as a cosine.  say is
-    called with (epochs done, held-out loss), keep with what `resume` takes after each epoch.  A loss that is not finite ends the
-    descent.  Not for inference mode.
+    make gives tensors as functions of the parameters; it is called once a step.  optimizer: AdamW, or what is called like it.  One
+    step for a slice, in an order drawn from `generator` anew in each epoch; the step size rises linearly and falls as a cosine.
+    say is called with (epochs done, held-out loss), keep with what `resume` takes after each epoch.  A loss that is not finite
+    ends the descent.  Not for inference mode.
     """
     started = time.perf_counter()
     groups = [group for group in groups if group.parameters and group.lr]
@@ -122,21 +120,6 @@ def descend(
             p.copy_(value)
     best = min(losses) if math.isfinite(losses[0]) else losses[0]
     return Course(losses[0], tuple(losses[1:]), best, each * (len(losses) - 1), time.perf_counter() - started)
-
-
-def optimizer_of(name: str) -> type[torch.optim.Optimizer]:
-    """AdamW of torch (`adamw`), or of bitsandbytes with moments of 8 bits in blocks (`adamw_8bit`; Dettmers et al., "8-bit
-    Optimizers via Block-wise Quantization", ICLR 2022).  Raises BackendError without that package.
-    """
-    if name == "adamw":
-        return torch.optim.AdamW
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit
-    except ImportError:
-        raise BackendError(
-            "optimizer: adamw_8bit needs the package bitsandbytes: pip install 'bitsandbytes>=0.50', or take adamw"
-        ) from None
-    return AdamW8bit
 
 
 def _moments(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:

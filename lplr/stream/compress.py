@@ -25,11 +25,11 @@ from lplr.errors import OutputError
 from lplr.factor import Factorization, Format
 from lplr.files import write_atomic
 from lplr.hf.export import tokenizer_files
+from lplr.hf.optimizers import optimizer_of
 from lplr.hf.skeleton import materialise, release
 from lplr.nn import swap
 from lplr.recipe import Recipe
 from lplr.records import LayerRecord
-from lplr.recover import optimizer_of
 from lplr.stream import gradients
 from lplr.stream.allocation import KIND, allocated, allocation, taking_part
 from lplr.stream.calibrate import Activations, advance, calibration_windows, embed, loaded, stages

@@ -25,10 +25,11 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from lplr import records
 from lplr.factor import Factorization, Format
 from lplr.files import remove
+from lplr.hf.optimizers import optimizer_of
 from lplr.hf.skeleton import run_head
 from lplr.nn import is_conv1d
 from lplr.recipe import Recipe
-from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, applied, descend, optimizer_of, taught
+from lplr.recover import Course, Group, Latent, Likeliest, State, Tunable, applied, descend, taught
 from lplr.stream.calibrate import Activations, advance, embed, loaded, outside
 from lplr.stream.checkpoint import Checkpoint
 from lplr.stream.device import autocast, product_dtype

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lplr.factor import Factorization
+from lplr.hf.optimizers import optimizer_of
 from lplr.hf.skeleton import run_block
 from lplr.recipe import Recovery
-from lplr.recover import Course, Latent, Tunable, applied, descend, optimizer_of, relative_error
+from lplr.recover import Course, Latent, Tunable, applied, descend, relative_error
 from lplr.stream.calibrate import Activations
 from lplr.stream.checkpoint import Checkpoint
 

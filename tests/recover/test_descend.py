@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lplr.errors import BackendError
-from lplr.recover import Course, Group, State, descend, optimizer_of, relative_error
+from lplr.hf.optimizers import optimizer_of
+from lplr.recover import Course, Group, State, descend, relative_error
 from lplr.recover.descend import step_size
 from lplr.stream.distill import _read, _write
 

@@ -1,0 +1,22 @@
+"""Optimizers by the names that recipes have for them."""
+
+from __future__ import annotations
+
+import torch
+
+from lplr.errors import BackendError
+
+
+def optimizer_of(name: str) -> type[torch.optim.Optimizer]:
+    """AdamW of torch (`adamw`), or of bitsandbytes with moments of 8 bits in blocks (`adamw_8bit`; Dettmers et al., "8-bit
+    Optimizers via Block-wise Quantization", ICLR 2022).  Raises BackendError without that package.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise BackendError(
+            "optimizer: adamw_8bit needs the package bitsandbytes: pip install 'bitsandbytes>=0.50', or take adamw"
+        ) from None
+    return AdamW8bit
