@@ -77,8 +77,8 @@ def descend(
     """Minimise the mean of loss(make(), rows) over the slices `train`; afterwards the parameters are those, of the start and of
     every epoch's end, with the least mean over `held_out`.
 
-    make gives tensors as functions of the parameters; it is called once a step.  optimizer: AdamW, or what is called like it.  One
-    step for a slice, in an order drawn from `generator` anew in each epoch; the step size rises linearly and falls as a cosine.
+    make gives tensors as functions of the parameters; it is called once a step.  optimizer: AdamW, or what is called like it.
+    One step for a slice, in an order drawn from `generator` in each epoch; the step size rises linearly and falls as a cosine.
     say is called with (epochs done, held-out loss), keep with what `resume` takes after each epoch.  A loss that is not finite
     ends the descent.  Not for inference mode.
     """
