@@ -77,6 +77,16 @@ def test_the_products_of_many_tokens():
             assert any(shows(cell, r["times_bfloat16"]) for r in named), (label, column)
 
 
+def test_the_stages_of_recovery():
+    rows = results("recovery.json")["rows"]
+    _, *shown = table("Measured", 2)
+    assert [re.findall(r"`(\w+)`", label) for label, *_ in shown] == [["none"], ["absorbed"], ["blocks"], ["distilled"]]
+    for label, *cells in shown:
+        for bits, three in ((1, cells[:3]), (2, cells[3:])):
+            row = rows[f"{label.split('`')[1]} {bits} wikitext2_train_1mb.txt 32 rows"]
+            assert all(map(shows, three, (row["perplexity"], row["ratio"], row["cpu_seconds"]))), (label, bits)
+
+
 def test_generate_and_one_matrix():
     number = r"([\d.]+)"
     at = rf"tokens a second\): {number} at 1 bit, double binary, against {number} .* trellis, {number} against {number}"
