@@ -122,10 +122,10 @@ def main() -> None:
             place = args.scratch or Path(temporary)
             folder, blocks = (place / f"{s}-{bits:g}-{Path(args.calibration).stem}" for s in (stage, "blocks"))
             resumed, earlier = folder.exists(), (0.0, 0.0)
+            started, cpu = time.perf_counter(), time.process_time()
             if stage == "distilled" and not resumed and blocks in spent:
                 go_on_from(blocks, recipe, folder)
                 earlier = spent[blocks]
-            started, cpu = time.perf_counter(), time.process_time()
             made = lplr.compress(recipe, folder)
             took, used = time.perf_counter() - started + earlier[0], time.process_time() - cpu + earlier[1]
             if not resumed:

@@ -99,8 +99,17 @@ def reconstruct(
 
     train, held = split(inputs)
     groups = chosen.groups(recovery.lr, recovery.scale_lr)
-    how = {"epochs": recovery.epochs, "optimizer": optimizer_of(recovery.optimizer)}
-    course = descend(groups, chosen.tensors, loss, train, held, **how, generator=generator, say=say)
+    course = descend(
+        groups,
+        chosen.tensors,
+        loss,
+        train,
+        held,
+        epochs=recovery.epochs,
+        optimizer=optimizer_of(recovery.optimizer),
+        generator=generator,
+        say=say,
+    )
     made = {name: latents[within[name]].factorization() for name in matrices}
     rest = {block.prefix + name: tensor for name, tensor in chosen.stored().items()}
     return Reconstructed(made, rest, course, tokens_of(course, train, inputs))

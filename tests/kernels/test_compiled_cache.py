@@ -56,7 +56,6 @@ def kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_two_processes_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tmp_path.joinpath("x").mkdir()
     first, second, third = (kept(tmp_path, monkeypatch) for _ in range(3))
     first._cache_path = second._cache_path = third._cache_path = str(tmp_path)
     begun = []
